@@ -1,0 +1,1 @@
+"""Where the operators meet other libraries' models."""
