@@ -1,0 +1,124 @@
+"""The physical floor of an operation: the larger of its bytes / bandwidth and its FLOPs / peak.
+
+Bandwidth and peak are probed in the same process, once in every round of measurements, and the medians are used:
+memory bandwidth drifts with the neighbours on a shared machine.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from omnigene_fast import backends
+
+from .workloads import Draw, Shape
+
+_PROBE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an operation must at least move and compute."""
+
+    bytes: float
+    flops: float
+
+    def floor_ms(self, bandwidth: float, peak: float) -> float:
+        """Milliseconds at `bandwidth` GB/s and `peak` GFLOP/s."""
+        return max(self.bytes / bandwidth, self.flops / peak) / 1e6
+
+    def bound(self, bandwidth: float, peak: float) -> str:
+        """Which of the two it is: "memory" or "compute"."""
+        return "memory" if self.bytes / bandwidth >= self.flops / peak else "compute"
+
+
+def work(op: str, shape: Shape, draw: Draw, dtype: torch.dtype) -> Work:
+    """Bytes and FLOPs of `op` on `draw`: each weight that is hit is read once, activations are read and written once.
+
+    route    bytes: projection, hidden states, probabilities and picks; FLOPs: 2·T·E·H
+    experts  bytes: the hit experts' weights; FLOPs: 6·T·K·H·I (activations are left out: they may stay in cache)
+    block    the sum, the router's activations left out too
+    """
+    tokens, size = len(draw.index), dtype.itemsize
+    hit = len(draw.index.unique())
+    experts = Work(hit * shape.expert_bytes(dtype), 6.0 * tokens * shape.K * shape.H * shape.I)
+    if op == "experts":
+        return experts
+    proj = shape.E * shape.H * size
+    flops = 2.0 * tokens * shape.E * shape.H
+    if op == "route":
+        return Work(proj + tokens * (shape.H * size + shape.E * 4 + shape.K * 12), flops)
+    return Work(experts.bytes + proj, experts.flops + flops)
+
+
+@dataclass
+class Probe:
+    """Bandwidth (GB/s) and peak (GFLOP/s) of `device` in `dtype`, measured again at each `sample()`.
+
+    On the CPU with the C++ module: its own read loop and dot-product loop. Else, named "torch" in the rows: a sum over
+    256 MB and a matrix product; on a GPU: a copy and an 8192³ product.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    seconds: float = 0.03
+    bandwidths: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    kind: str = "torch"
+
+    def __post_init__(self) -> None:
+        self._native = None
+        if self.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float32):
+            cpu = backends.load("cpu")
+            if cpu.unavailable(self.device) is None:
+                self._native, self.kind = cpu, "native"
+        if self._native is None:
+            side = 8192 if self.device.type == "cuda" else 1024
+            self._buffer = torch.zeros(_PROBE_BYTES // 4, dtype=torch.float32, device=self.device)
+            self._matrix = torch.ones(side, side, dtype=self.dtype, device=self.device)
+
+    def sample(self) -> None:
+        """Measure both once more."""
+        if self._native is not None:
+            name = str(self.dtype).removeprefix("torch.")
+            self.bandwidths.append(self._native.probe_bandwidth(self.seconds))  # type: ignore[attr-defined]
+            self.peaks.append(self._native.probe_peak(name, self.seconds))  # type: ignore[attr-defined]
+            return
+        cuda = self.device.type == "cuda"
+        moved = _PROBE_BYTES * (2 if cuda else 1)
+        move = self._buffer.clone if cuda else self._buffer.sum
+        self.bandwidths.append(moved / self._time(move) / 1e9)
+        self.peaks.append(2 * self._matrix.shape[0] ** 3 / self._time(lambda: self._matrix @ self._matrix) / 1e9)
+
+    def _time(self, call) -> float:  # type: ignore[no-untyped-def]
+        call()
+        times = []
+        while len(times) < 3:
+            synchronize(self.device)
+            start = time.perf_counter()
+            call()
+            synchronize(self.device)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def reset(self) -> None:
+        """Forget the samples: a new case begins."""
+        self.bandwidths.clear()
+        self.peaks.clear()
+
+    @property
+    def bandwidth(self) -> float:
+        """Median of the samples, GB/s."""
+        return statistics.median(self.bandwidths)
+
+    @property
+    def peak(self) -> float:
+        """Median of the samples, GFLOP/s."""
+        return statistics.median(self.peaks)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

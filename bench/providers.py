@@ -1,0 +1,260 @@
+"""Who is measured: omnigene_fast, its reference, transformers' own paths, and on a GPU the published kernels.
+
+A provider computes one of three operations from a `Draw`:
+
+    route    (probabilities [T, E], weights [T, K], index [T, K]) of `draw.hidden`
+    experts  [T, H] of `draw.normed`, `draw.index`, `draw.weights`
+    block    [T, H]: router, pre-norm and experts of `draw.hidden`, the MoE branch of Gemma4TextDecoderLayer
+
+All providers of a layer share its weights' storage.
+"""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnigene_fast import ops, reference
+
+from .workloads import EPS, Draw, Layer
+
+OPS = ("route", "experts", "block")
+OURS, REFERENCE = "omnigene_fast", "reference"
+TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
+GPU_ONLY = {
+    "liger": "liger_kernel",
+    "scattermoe": "scattermoe",
+    "sonicmoe": "kernels",  # the PyPI package through which transformers loads sonic-moe
+}
+NAMES = (OURS, *TRANSFORMERS, *GPU_ONLY, REFERENCE)
+# transformers copies gate_up and down once per (token, expert): 8 GB at 64 tokens of the true shape.
+BATCHED_MM_MAX_TOKENS = 16
+
+Output = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def _ignore(proj: Tensor) -> None:
+    """Most providers of `experts` have no router."""
+
+
+@dataclass
+class Provider:
+    """`call` is what is timed; `use_proj` takes a copy of the router's projection, untimed."""
+
+    name: str
+    call: Callable[[Draw], Output]
+    use_proj: Callable[[Tensor], None] = _ignore
+    note: str = ""
+    max_tokens: int | None = None
+    skip_reason: str = ""
+
+    def skipped(self, tokens: int) -> str | None:
+        """Why this provider is not run on `tokens` tokens, or None."""
+        return self.skip_reason if self.max_tokens is not None and tokens > self.max_tokens else None
+
+
+@dataclass
+class Missing:
+    """A provider that was asked for and cannot run here."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class _Router:
+    """The router's projection in use, swapped between calls."""
+
+    proj: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def use(self, proj: Tensor) -> None:
+        self.proj = proj
+
+
+def build(op: str, layer: Layer, names: tuple[str, ...] = NAMES, backend: str = "auto") -> list[Provider | Missing]:
+    """The providers `names` of `op` on `layer`, in that order; those of the GPU are left out on a CPU.
+
+    `route` has one provider of transformers, "eager" (its experts implementations share the router).
+    """
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}.")
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise ValueError(f"providers: expected some of {', '.join(NAMES)}, got {unknown[0]!r}.")
+    built: list[Provider | Missing] = []
+    for name in names:
+        if name == OURS:
+            built.append(_ours(op, layer, backend))
+        elif name == REFERENCE:
+            built.append(_reference(op, layer))
+        elif name in TRANSFORMERS:
+            if op != "route" or name == "eager":
+                built.append(_transformers(op, layer, name))
+        elif op != "route" and layer.device.type == "cuda":
+            built.append(_gpu(op, layer, name))
+    return built
+
+
+def _ours(op: str, layer: Layer, backend: str) -> Provider:
+    router, norm = _Router(), _stock_norm(layer)
+
+    def route(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        scales = (layer.scale, layer.per_expert_scale)
+        return ops.route(draw.hidden, router.proj, *scales, top_k=layer.shape.K, eps=EPS, backend=backend)
+
+    def experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return ops.expert_mlp(
+            hidden, layer.gate_up, layer.down, index, weights, activation="gelu_tanh", backend=backend
+        )
+
+    return _provider(op, OURS, route, norm, experts, router.use)
+
+
+def _reference(op: str, layer: Layer) -> Provider:
+    router, norm = _Router(), _stock_norm(layer)
+
+    def route(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        scales = (layer.scale, layer.per_expert_scale)
+        return reference.route(draw.hidden, router.proj, *scales, top_k=layer.shape.K, eps=EPS)
+
+    def experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return reference.expert_mlp(hidden, layer.gate_up, layer.down, index, weights, activation="gelu_tanh")
+
+    return _provider(op, REFERENCE, route, norm, experts, router.use)
+
+
+def _transformers(op: str, layer: Layer, implementation: str) -> Provider:
+    """The real Gemma4TextRouter, Gemma4RMSNorm and Gemma4TextExperts."""
+    router, norm, experts = _stock_router(layer), _stock_norm(layer), _stock_experts(layer, implementation)
+
+    def use_proj(proj: Tensor) -> None:
+        router.proj.weight.data = proj
+
+    provider = _provider(op, implementation, lambda draw: router(draw.hidden), norm, experts, use_proj)
+    if implementation == "batched_mm":
+        provider.max_tokens = BATCHED_MM_MAX_TOKENS
+        provider.skip_reason = f"copies the weights of every (token, expert): not run above {BATCHED_MM_MAX_TOKENS} tokens"
+    return provider
+
+
+def _provider(
+    op: str,
+    name: str,
+    route: Callable[[Draw], tuple[Tensor, Tensor, Tensor]],
+    norm: Callable[[Tensor], Tensor],
+    experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+    use_proj: Callable[[Tensor], None],
+) -> Provider:
+    def block(draw: Draw) -> Tensor:
+        _, weights, index = route(draw)
+        return experts(norm(draw.hidden), index, weights)
+
+    calls: dict[str, Callable[[Draw], Output]] = {
+        "route": route,
+        "experts": lambda draw: experts(draw.normed, draw.index, draw.weights),
+        "block": block,
+    }
+    return Provider(name, calls[op], use_proj)
+
+
+def _gpu(op: str, layer: Layer, name: str) -> Provider | Missing:
+    """A published GPU kernel for the experts, with the stock router and norm around it for `block`."""
+    if importlib.util.find_spec(GPU_ONLY[name]) is None:
+        return Missing(name, f"{GPU_ONLY[name]} is not installed")
+    try:
+        if name == "sonicmoe":
+            # transformers reads config.hidden_act, which Gemma-4 does not have, and runs SwiGLU.
+            provider = _transformers(op, layer, name)
+            provider.note = "transformers' sonicmoe path runs SwiGLU on Gemma-4"
+            return provider
+        experts, note = {"liger": _liger, "scattermoe": _scattermoe}[name](layer)
+    except (ImportError, AttributeError, TypeError) as error:
+        return Missing(name, f"{type(error).__name__}: {error}")
+    router = _stock_router(layer)
+
+    def use_proj(proj: Tensor) -> None:
+        router.proj.weight.data = proj
+
+    provider = _provider(op, name, lambda draw: router(draw.hidden), _stock_norm(layer), experts, use_proj)
+    provider.note = note
+    return provider
+
+
+def _liger(layer: Layer) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]:
+    from liger_kernel.ops import LigerFusedMoEFunction
+
+    def experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return LigerFusedMoEFunction.apply(hidden, layer.gate_up, layer.down, index.int(), weights)
+
+    return experts, "Liger's fused MoE has SwiGLU only"
+
+
+def _scattermoe(layer: Layer) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]:
+    from scattermoe.mlp import GLUMLP
+
+    shape = layer.shape
+    with torch.device("meta"):
+        module = GLUMLP(shape.H, shape.I, shape.E, shape.K, activation=nn.GELU("tanh"))
+    # Its order is up, then gate: a second copy of gate_up.
+    module.experts.weight = _frozen(torch.cat([layer.gate_up[:, shape.I :], layer.gate_up[:, : shape.I]], dim=1))
+    module.output_experts.weight = _frozen(layer.down)
+
+    def experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return module(hidden, weights.to(hidden.dtype), index)
+
+    return experts, "needs its own copy of gate_up_proj"
+
+
+def _config(layer: Layer) -> Any:
+    from transformers import Gemma4TextConfig
+
+    shape = layer.shape
+    return Gemma4TextConfig(
+        hidden_size=shape.H,
+        moe_intermediate_size=shape.I,
+        num_experts=shape.E,
+        top_k_experts=shape.K,
+        rms_norm_eps=EPS,
+        enable_moe_block=True,
+    )
+
+
+def _stock_experts(layer: Layer, implementation: str) -> nn.Module:
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
+
+    config = copy.deepcopy(_config(layer))
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        module = Gemma4TextExperts(config)
+    module.gate_up_proj, module.down_proj = _frozen(layer.gate_up), _frozen(layer.down)
+    return module.eval()
+
+
+def _stock_router(layer: Layer) -> Any:
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
+
+    module = Gemma4TextRouter(_config(layer)).to(layer.device, layer.dtype)
+    module.scale, module.per_expert_scale = _frozen(layer.scale), _frozen(layer.per_expert_scale)
+    return module.eval().requires_grad_(False)
+
+
+def _stock_norm(layer: Layer) -> nn.Module:
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
+
+    module = Gemma4RMSNorm(layer.shape.H, eps=EPS)
+    module.weight = _frozen(layer.norm)
+    return module.eval()
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def truth_norm(layer: Layer, hidden: Tensor) -> Tensor:
+    """Gemma4RMSNorm in the dtype of `hidden` (float64 for the truth)."""
+    return F.rms_norm(hidden, (layer.shape.H,), layer.norm.to(hidden.dtype), EPS)

@@ -1,0 +1,280 @@
+"""Measures providers side by side: checked first, then in interleaved rounds A B C A B C ..., in a fixed order.
+
+Every round begins with a probe of bandwidth and peak. Providers run in the order of their list; within a round each takes
+another draw, so that none finds its expert weights in the cache because the one before it has just read them, and over
+the rounds all see the same draws. The router's projection is one of many equal copies, more than the cache holds.
+"""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .floors import Probe, synchronize, work
+from .providers import NAMES, OPS, OURS, REFERENCE, Missing, Provider, build
+from .workloads import MODES, TRUE_SHAPE, Draw, Layer, Shape
+
+Row = dict[str, Any]
+DRAWS = 8
+TOKENS = (1, 4, 16, 64, 256, 1024)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `run` measures.
+
+    `seconds` is the time per case (op, mode, T) after the check, but never fewer than `min_rounds` rounds.
+    """
+
+    ops: tuple[str, ...] = OPS
+    tokens: tuple[int, ...] = TOKENS
+    modes: tuple[str, ...] = MODES
+    providers: tuple[str, ...] = NAMES
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    shape: Shape = TRUE_SHAPE
+    backend: str = "auto"
+    seconds: float = 6.0
+    min_rounds: int = 7
+    max_rounds: int = 200
+
+    def __post_init__(self) -> None:
+        for name, values, known in (
+            ("op", self.ops, OPS),
+            ("mode", self.modes, MODES),
+            ("provider", self.providers, NAMES),
+        ):
+            wrong = [value for value in values if value not in known]
+            if wrong or not values:
+                got = repr(wrong[0]) if wrong else "none"
+                raise ValueError(f"{name}: expected some of {', '.join(known)}, got {got}.")
+        if not self.tokens or min(self.tokens) < 1:
+            raise ValueError(f"tokens: expected numbers >= 1, got {list(self.tokens)}.")
+
+    def cases(self) -> list[tuple[str, str, int]]:
+        """(op, mode, T) in the order they are measured; the router does not depend on the mode and runs in one."""
+        return [
+            (op, mode, tokens)
+            for op in self.ops
+            for mode in (self.modes[:1] if op == "route" else self.modes)
+            for tokens in self.tokens
+        ]
+
+
+def run(
+    settings: Settings,
+    environment: Row,
+    progress: Callable[[str], None] = lambda case: None,
+    extra: Callable[[str, Layer], list[Provider]] | None = None,
+) -> list[Row]:
+    """Measure every case.
+
+    Args:
+        settings: what to measure.
+        environment: fields copied into each row (device, versions, date).
+        progress: called with a case's name before it is measured.
+        extra: more providers for (op, layer): tests pass a wrong one.
+
+    Returns:
+        one row per case and provider; see `_row`.
+
+    Raises:
+        MemoryError: the layer does not fit in memory.
+    """
+    need_memory(settings.shape, settings.dtype, settings.device)
+    layer = Layer(settings.shape, settings.dtype, settings.device)
+    probe = Probe(settings.device, settings.dtype)
+    rows: list[Row] = []
+    with torch.no_grad():
+        for op, mode, tokens in settings.cases():
+            progress(f"{op} {mode} T={tokens}")
+            built = build(op, layer, settings.providers, settings.backend)
+            built += extra(op, layer) if extra else []
+            rows += [environment | row for row in measure(op, mode, tokens, layer, built, probe, settings)]
+    return rows
+
+
+def measure(
+    op: str,
+    mode: str,
+    tokens: int,
+    layer: Layer,
+    built: list[Provider | Missing],
+    probe: Probe,
+    settings: Settings,
+) -> list[Row]:
+    """Check and time the providers of one case; rows with their floor and ratios."""
+    draws = list(layer.draws(mode, tokens, DRAWS))
+    copies = projection_copies(layer.projection(mode), layer.device) if op != "experts" else [layer.projection(mode)]
+    status: dict[str, tuple[str, str]] = {}
+    error: dict[str, dict[str, float]] = {}
+    ready: list[Provider] = []
+    rows_checked = checks.sample(tokens)
+    expected = checks.truth(op, layer, draws[0], copies[0], rows_checked)
+    eager = _checked(op, layer, build(op, layer, ("eager",))[0], draws[0], copies[0], expected, rows_checked)[0]
+    for provider in built:
+        if isinstance(provider, Missing):
+            status[provider.name] = ("missing", provider.reason)
+        elif reason := provider.skipped(tokens):
+            status[provider.name] = ("skipped", reason)
+        else:
+            error[provider.name], crash = _checked(op, layer, provider, draws[0], copies[0], expected, rows_checked)
+            if crash:
+                status[provider.name] = ("failed", crash)
+            elif checks.passes(error[provider.name], eager, layer.dtype):
+                status[provider.name] = ("ok", provider.note)
+                ready.append(provider)
+            else:
+                status[provider.name] = ("wrong", provider.note or "its error is more than twice transformers' eager")
+    times = _interleaved(ready, draws, copies, probe, settings)
+    works = [work(op, layer.shape, draw, layer.dtype) for draw in draws]
+    floor = statistics.median(each.floor_ms(probe.bandwidth, probe.peak) for each in works)
+    case = {
+        "op": op,
+        "mode": mode,
+        "tokens": tokens,
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "shape": [layer.shape.H, layer.shape.I, layer.shape.E, layer.shape.K],
+        "floor_ms": _digits(floor),
+        "bound": works[0].bound(probe.bandwidth, probe.peak),
+        "bandwidth_gb_s": _digits(probe.bandwidth),
+        "peak_gflop_s": _digits(probe.peak),
+        "probe": probe.kind,
+        "eager_error": _digits(max(eager.values())),
+    }
+    rows = [
+        case | _row(provider.name, status[provider.name], error.get(provider.name), times.get(provider.name), floor)
+        for provider in built
+    ]
+    best = min((row["p50_ms"] for row in rows if is_peer(row) and row["p50_ms"]), default=None)
+    for row in rows:
+        row["best_peer_over_this"] = _digits(best / row["p50_ms"]) if best and row["p50_ms"] else None
+    return rows
+
+
+def is_peer(row: Row) -> bool:
+    """Whether a row belongs to somebody else's implementation that gave the right numbers."""
+    return row["provider"] not in (OURS, REFERENCE) and row["status"] == "ok"
+
+
+def _row(
+    name: str, status: tuple[str, str], error: dict[str, float] | None, times: list[float] | None, floor: float
+) -> Row:
+    row: Row = {"provider": name, "status": status[0], "note": status[1], "error": None, "rounds": len(times or [])}
+    if error:
+        worst = max(error.values())
+        row["error"] = _digits(worst) if math.isfinite(worst) else "inf"
+    for key, percent in (("p20_ms", 20), ("p50_ms", 50), ("p80_ms", 80)):
+        row[key] = _digits(percentile(times, percent)) if times else None
+    row["over_floor"] = _digits(row["p50_ms"] / floor) if times else None
+    return row
+
+
+def _checked(
+    op: str, layer: Layer, provider: Any, draw: Draw, proj: Tensor, expected: dict[str, Tensor], rows: Tensor
+) -> tuple[dict[str, float], str]:
+    """Errors of one call and, if it raised, the sentence."""
+    try:
+        provider.use_proj(proj)
+        return checks.errors(op, layer, provider.call(draw), expected, rows), ""
+    except Exception as crash:  # any provider may fail in its own way: that is a result, not the end of the run
+        lines = str(crash).strip().splitlines() or [""]
+        return dict.fromkeys(expected, math.inf), f"{type(crash).__name__}: {lines[0][:200]}"
+
+
+def _interleaved(
+    ready: list[Provider], draws: list[Draw], copies: list[Tensor], probe: Probe, settings: Settings
+) -> dict[str, list[float]]:
+    """Milliseconds of every call by provider."""
+    times: dict[str, list[float]] = {provider.name: [] for provider in ready}
+    probe.reset()
+    probe.sample()
+    stop = time.perf_counter() + settings.seconds
+    calls = 0
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(settings.max_rounds):
+            if turn >= settings.min_rounds and time.perf_counter() > stop:
+                break
+            for place, provider in enumerate(ready):
+                draw = draws[(turn + place * max(1, len(draws) // len(ready))) % len(draws)]
+                provider.use_proj(copies[calls % len(copies)])
+                calls += 1
+                times[provider.name].append(_time(provider, draw, settings.device))
+            probe.sample()
+    finally:
+        gc.enable()
+    return times
+
+
+def _time(provider: Provider, draw: Draw, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        provider.call(draw)
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    provider.call(draw)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """Linear interpolation between the closest ranks."""
+    return torch.quantile(torch.tensor(values, dtype=torch.float64), percent / 100).item()
+
+
+def projection_copies(proj: Tensor, device: torch.device) -> list[Tensor]:
+    """Equal copies of the router's projection, together twice the last-level cache."""
+    total = 2 * last_level_cache(device)
+    return [proj.clone() for _ in range(max(1, min(1024, -(-total // (proj.numel() * proj.itemsize)))))]
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes; 64 MiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = [int(text[:-1]) << 10 for path in sizes if (text := path.read_text().strip()).endswith("K")]
+    return min(max(found, default=64 << 20), 256 << 20)
+
+
+def need_memory(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise MemoryError, in one sentence, unless the layer and batched_mm's copies fit."""
+    need = 2 * shape.layer_bytes(dtype) + (1 << 30)
+    free = available_memory(device)
+    if free is not None and free < need:
+        raise MemoryError(
+            f"a layer of {shape.layer_bytes(dtype) / 1e9:.1f} GB with the copies that its peers make needs"
+            f" {need / 1e9:.1f} GB of memory on {device}, {free / 1e9:.1f} GB are available."
+        )
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes free on `device`, None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _digits(value: float) -> float:
+    """Five significant digits: rows stay readable and reproduce exactly."""
+    return float(f"{value:.5g}")
+
+
+__all__ = ["Layer", "Row", "Settings", "measure", "need_memory", "run", "synchronize"]

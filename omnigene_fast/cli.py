@@ -1,0 +1,193 @@
+"""The `omnigene-fast` command: thin verbs over the package; every error is one sentence and a non-zero exit."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+DTYPES = ("bfloat16", "float32", "float16")
+EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError)
+
+
+def sentence(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the package's exceptions into click's one-line errors (exit status 1)."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except EXPECTED as error:
+            text = str(error).strip() or type(error).__name__
+            raise click.ClickException(" ".join(text.split())) from None
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="omnigene-fast")
+def main() -> None:
+    """Fast, exact mixture-of-experts for Gemma-4, as a drop-in for transformers.
+
+    \b
+    Example:
+      omnigene-fast demo
+    """
+
+
+@main.command()
+@sentence
+def info() -> None:
+    """Device, backends, versions, and what each missing piece would need.
+
+    \b
+    Example:
+      omnigene-fast info
+    """
+    from . import info as information
+
+    click.echo(information.report())
+
+
+@main.command()
+@click.option("--model", "path", type=click.Path(), help="A checkpoint directory instead of the small random model.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:N].")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's choice by default.")
+@click.option("--true-shape/--no-true-shape", default=True, help="Also time one layer at Gemma-4-26B's size (1.5 GB).")
+@sentence
+def demo(path: str | None, device: str, threads: int | None, true_shape: bool) -> None:
+    """A Gemma-4 MoE on real sequences, stock and accelerated: is it right, and how much faster is it?
+
+    Without --model, the model is a small Gemma-4 with random weights and byte tokens.
+
+    \b
+    Example:
+      omnigene-fast demo
+      omnigene-fast demo --model ./gemma-4-26B-A4B --device cuda --no-true-shape
+    """
+    from .demo import run
+
+    chosen = _device(device)
+    _threads(threads)
+    run(chosen, Path(path) if path else None, true_shape=true_shape)
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="Three token counts, two routing modes, few rounds: under two minutes.")
+@click.option("--op", "ops", help="Comma-separated: route, experts, block.  [default: all]")
+@click.option("--tokens", help="Comma-separated token counts.  [default: 1,4,16,64,256,1024]")
+@click.option("--modes", help="Comma-separated: uniform, natural, protein.  [default: all]")
+@click.option("--providers", help="Comma-separated names.  [default: all that run here]")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option("--shape", help="H,I,E,K of the layer.  [default: 2816,704,128,8, one layer of Gemma-4-26B-A4B]")
+@click.option("--seconds", type=click.FloatRange(min=0), help="Per case.  [default: 6, with --quick 1]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's choice by default.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:N].")
+@click.option("--backend", default="auto", show_default=True, help="auto, cpu, triton or reference: which of ours.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON rows; the plot goes beside it.  [default: ./DEVICE.json]")
+@sentence
+def bench(
+    quick: bool,
+    ops: str | None,
+    tokens: str | None,
+    modes: str | None,
+    providers: str | None,
+    dtype: str,
+    shape: str | None,
+    seconds: float | None,
+    threads: int | None,
+    device: str,
+    backend: str,
+    out: Path | None,
+) -> None:
+    """Time router, experts and block against transformers' own paths and the physical floor.
+
+    Every provider is first checked against float64; a wrong one is shown as wrong, not as fast.
+
+    \b
+    Example:
+      omnigene-fast bench --quick
+      omnigene-fast bench --op experts --tokens 1,16 --modes uniform --out rows.json
+    """
+    from tqdm import tqdm
+
+    from . import info as information
+    from .bench import plot, report, runner
+    from .bench.workloads import Shape
+
+    torch_device = _device(device)
+    _threads(threads)
+    settings = runner.Settings(
+        ops=_words(ops, runner.OPS),
+        tokens=_numbers("tokens", tokens, (1, 16, 256) if quick else runner.TOKENS),
+        modes=_words(modes, ("uniform", "protein") if quick else runner.MODES),
+        providers=_words(providers, runner.NAMES),
+        dtype=_dtype(dtype),
+        device=torch_device,
+        shape=Shape(*_numbers("shape", shape, (2816, 704, 128, 8), count=4)),
+        backend=backend,
+        seconds=seconds if seconds is not None else 1.0 if quick else 6.0,
+        min_rounds=4 if quick else 7,
+    )
+    out = out or Path(f"{information.slug(torch_device)}.json")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: expected a file in an existing directory, got {out}.")
+    environment = information.environment(torch_device, settings.dtype, backend)
+    with tqdm(total=len(settings.cases()), unit="case") as bar:
+
+        def progress(case: str) -> None:
+            bar.set_description(case)
+            bar.update()
+
+        rows = runner.run(settings, environment, progress)
+    report.save(rows, out)
+    click.echo(report.console(rows))
+    lost = report.losses(rows)
+    click.echo("where we lose\n" + "\n".join(f"  {line}" for line in lost or ["nowhere in these rows"]))
+    try:
+        plot.plot(rows, out.with_suffix(".png"))
+        click.echo(f"\nrows: {out}\nplot: {out.with_suffix('.png')}")
+    except ImportError:
+        click.echo(f"\nrows: {out}\nplot: none, matplotlib is not installed (pip install 'omnigene-fast[bench]')")
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: expected auto, cpu or cuda[:N], got {name!r}.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected auto, cpu or cuda[:N], got {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: torch sees {torch.cuda.device_count()} CUDA devices here, got {name!r}.")
+    return device
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
+def _threads(count: int | None) -> None:
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def _words(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    return default if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(option: str, text: str | None, default: tuple[int, ...], count: int | None = None) -> tuple[int, ...]:
+    words = _words(text, tuple(str(number) for number in default))
+    if not all(word.isascii() and word.isdigit() for word in words) or (count is not None and len(words) != count):
+        wanted = f"{count} comma-separated integers" if count else "comma-separated integers"
+        raise ValueError(f"--{option}: expected {wanted}, got {text!r}.")
+    return tuple(int(word) for word in words)

@@ -1,0 +1,135 @@
+"""What this installation runs on: device, backends, versions, and what each missing piece would need."""
+
+import datetime
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import backends
+
+PACKAGES = ("omnigene-fast", "torch", "transformers", "triton", "numpy", "peft", "pytest-benchmark", "matplotlib")
+VARIABLES = ("OMNIGENE_FAST_CPU_ISA", "OMNIGENE_FAST_CHECK_IDS", "TRITON_INTERPRET")
+
+
+def report() -> str:
+    """The text of `omnigene-fast info`."""
+    lines = [
+        f"omnigene-fast {package_version('omnigene-fast') or 'from an uninstalled checkout'}",
+        "",
+        *_section("device", [("cpu", f"{cpu_name()}, {_threads()}"), ("memory", _memory()), ("gpu", _gpu())]),
+        *_section("backends", [(name, _backend(name)) for name in ("cpu", "triton", "reference")]),
+        *_section("versions", [("python", platform.python_version()), *((n, _package(n)) for n in PACKAGES[1:])]),
+        *_section("environment", [(name, os.environ.get(name, "not set")) for name in VARIABLES]),
+    ]
+    return "\n".join(lines).rstrip()
+
+
+def environment(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> dict[str, Any]:
+    """The fields that every row of a benchmark carries about where, when and with what it was measured."""
+    return {
+        "device": device_name(device),
+        "isa": isa() if device.type == "cpu" else None,
+        "backend": backend_in_use(device, dtype, backend),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name.replace("-", "_"): package_version(name) for name in PACKAGES[:4]},
+        },
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def slug(device: torch.device) -> str:
+    """A file name for results measured on `device`, such as "cpu-amd-epyc-zen-5-2c"."""
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    words = re.sub(r"\(.*?\)|@.*", " ", device_name(device))
+    words = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    return f"{kind}-{words}" + (f"-{torch.get_num_threads()}c" if kind == "cpu" else "")
+
+
+def cpu_name() -> str:
+    """The processor's name, with AMD's core where the name does not say it (virtual machines report "AMD EPYC")."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    except OSError:
+        pass
+    name = re.sub(r"\s+\d+-Core Processor", "", fields.get("model name", "") or platform.processor() or platform.machine())
+    family = fields.get("cpu family") if fields.get("vendor_id") == "AuthenticAMD" else None
+    if family == "25":
+        return f"{name} (Zen 4)" if "avx512f" in fields.get("flags", "") else f"{name} (Zen 3)"
+    return {"23": f"{name} (Zen 2)", "26": f"{name} (Zen 5)"}.get(family or "", name)
+
+
+def isa() -> str | None:
+    """The instruction set whose C++ kernels run, such as "avx512_bf16"; None without the C++ module."""
+    cpu = backends.load("cpu")
+    return cpu.isa() if cpu.unavailable(torch.device("cpu")) is None else None  # type: ignore[attr-defined]
+
+
+def backend_in_use(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> str:
+    """The backend that serves tensors of `dtype` on `device`: "cpu", "triton" or "reference"."""
+    chosen: Any = backends.select(backend, device, dtype)
+    return "reference" if chosen is None else chosen.__name__.rpartition(".")[2]
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _section(title: str, rows: list[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [title, *(f"  {name:<{width}}  {text}" for name, text in rows), ""]
+
+
+def _package(name: str) -> str:
+    return package_version(name) or f"not installed (pip install {name})"
+
+
+def _threads() -> str:
+    return f"{torch.get_num_threads()} threads of {os.cpu_count()} processors"
+
+
+def _memory() -> str:
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        total, free = (int(fields[name].split()[0]) * 1024 / 1e9 for name in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError, ValueError):
+        return "the system does not say"
+    return f"{total:.1f} GB, {free:.1f} GB available"
+
+
+def _gpu() -> str:
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 1e9:.0f} GB"
+    if torch.version.cuda is None:
+        return f"none in use: torch {torch.__version__} is built without CUDA; a GPU needs a CUDA build of torch"
+    return "none found: torch has CUDA but sees no NVIDIA GPU (check `nvidia-smi`)"
+
+
+def _backend(name: str) -> str:
+    if name == "reference":
+        return "ready: plain PyTorch, every device and dtype, slow"
+    device = torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
+    backend: Any = backends.load(name)
+    reason = backend.unavailable(device)
+    if reason is not None:
+        return f"not available: {reason}"
+    return f"ready: C++ kernels for {isa()}" if name == "cpu" else f"ready: Triton kernels on {device_name(device)}"
