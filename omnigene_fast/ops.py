@@ -140,8 +140,9 @@ def expert_mlp(
         [T, H] in the dtype of `hidden`. A token's experts are summed in float32 in the order of `index`, then rounded.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `route`. On the CPU an id out of range raises IndexError; on a GPU, where
-        looking would stop the stream, such a row contributes nothing unless OMNIGENE_FAST_CHECK_IDS=1 asks for the check.
+        TypeError, ValueError, RuntimeError: as `route`.
+        IndexError: an id out of range, on the CPU; on a GPU, where looking would stop the stream, such a row
+            contributes nothing unless OMNIGENE_FAST_CHECK_IDS=1 asks for the check.
 
     The formula is `reference.expert_mlp`, that of `Gemma4TextExperts.forward` in transformers.
     """
@@ -184,9 +185,10 @@ def expert_mlp(
 def _route_fwd(hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, backend):  # type: ignore[no-untyped-def]
     chosen = select(backend, hidden.device, hidden.dtype)
     if chosen is None:
-        return reference.route(
-            hidden, proj_weight, scale, per_expert_scale, top_k=top_k, eps=eps, numerics=numerics
-        )
+        with torch.autocast(hidden.device.type, enabled=False):  # the arguments' dtypes decide, as in every backend
+            return reference.route(
+                hidden, proj_weight, scale, per_expert_scale, top_k=top_k, eps=eps, numerics=numerics
+            )
     return chosen.route(hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics)
 
 
@@ -203,7 +205,8 @@ def _expert_mlp_fwd(  # type: ignore[no-untyped-def]
     chosen = select(backend, hidden.device, hidden.dtype)
     if chosen is None:
         check_ids(index, gate_up_proj.shape[0], expert_parallel)
-        return reference.expert_mlp(hidden, gate_up_proj, down_proj, index, weights, activation=activation)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return reference.expert_mlp(hidden, gate_up_proj, down_proj, index, weights, activation=activation)
     return chosen.expert_mlp(hidden, gate_up_proj, down_proj, index, weights, activation, expert_parallel)
 
 
@@ -285,9 +288,7 @@ def _check_size(name: str, tensor: Tensor, dim: int, expected: int, source: str)
         raise ValueError(f"{name}: expected shape[{dim}] = {expected} ({source}), got shape {_shape(tensor)}.")
 
 
-def _check_vector(
-    name: str, tensor: Tensor, size: int, source: str, first: Tensor, *, same_dtype: bool = True
-) -> None:
+def _check_vector(name: str, tensor: Tensor, size: int, source: str, first: Tensor, *, same_dtype: bool = True) -> None:
     _check_tensor(name, tensor, f"[{size}]", 1, like=first if same_dtype else None, device=first.device)
     _check_size(name, tensor, 0, size, source)
 

@@ -1,8 +1,8 @@
 """The mathematics of Gemma-4's mixture-of-experts block in readable PyTorch: the oracle of every test.
 
-Shapes: T tokens, K experts per token (top-k), E experts, H hidden size, I intermediate size of an expert. Every function
-takes any floating dtype; in float64 it is the truth that the kernels are measured against. Only torch is imported here,
-and no backend imports this file.
+Shapes: T tokens, K experts per token (top-k), E experts, H hidden size, I intermediate size of an expert. Every
+function takes any floating dtype; in float64 it is the truth that the kernels are measured against. Only torch is
+imported here, and no backend imports this file.
 
 The formulas are those of `Gemma4TextRouter` and `Gemma4TextExperts` in transformers 5.23.
 """
@@ -102,8 +102,7 @@ def expert_mlp(
         [T, H] in `hidden.dtype`; the sum over a token's experts is taken in float32 or wider, in the order of `index`.
     """
     act = ACTIVATIONS[activation]
-    T, H = hidden.shape
-    E = gate_up_proj.shape[0]
+    E, _, H = gate_up_proj.shape
     wide = torch.promote_types(hidden.dtype, torch.float32)
     per_pick = hidden.new_zeros((*index.shape, H), dtype=wide)  # [T, K, H]
     for expert in index.unique().tolist():

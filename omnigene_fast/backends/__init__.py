@@ -72,7 +72,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend | Non
             "or ask for backend='reference'."
         )
     if dtype == torch.float64:
-        raise RuntimeError(f"backend: {wanted!r} has no float64 kernels; use backend='auto' or 'reference' for float64.")
+        raise RuntimeError(f"backend: {wanted!r} has no float64 kernels; use 'auto' or 'reference' for float64.")
     backend = load(wanted)
     reason = backend.unavailable(device)
     if reason is None:
