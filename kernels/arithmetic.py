@@ -1,8 +1,8 @@
 """The matrix product and the rounding that all kernels share.
 
 Compiled, they are `tl.dot` and `Tensor.to`. Triton's interpreter multiplies bfloat16 operands by their bits and cuts
-bfloat16 results off instead of rounding them; there, both are spelled out, so that a test on the CPU sees the numbers of
-a GPU.
+bfloat16 results off instead of rounding them; there, both are spelled out, so that a CPU test sees the numbers of a
+GPU.
 """
 
 import triton

@@ -134,9 +134,13 @@ def _route_fwd_kernel(
     hidden_ptrs = hidden_ptr + token.to(tl.int64)[:, None] * stride_hidden + h[None, :]
     proj_ptrs = proj_ptr + expert.to(tl.int64)[None, :] * stride_proj + h[:, None]
 
-    square = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-    for start in range(0, H, BLOCK_H):
-        x = tl.load(hidden_ptrs + start, mask=inside[:, None] & (h[None, :] < H - start), other=0.0).to(tl.float32)
+    # Nothing hides the latency of this pass, so it takes few, wide steps.
+    BLOCK_SQUARE: tl.constexpr = 16384 // BLOCK_T
+    s = tl.arange(0, BLOCK_SQUARE)[None, :]
+    square = tl.zeros([BLOCK_T, BLOCK_SQUARE], tl.float32)
+    for start in range(0, H, BLOCK_SQUARE):
+        square_ptrs = hidden_ptr + token.to(tl.int64)[:, None] * stride_hidden + start + s
+        x = tl.load(square_ptrs, mask=inside[:, None] & (s < H - start), other=0.0).to(tl.float32)
         square += x * x
     inverse_rms = _inverse_rms(tl.sum(square, 1), H, eps)[:, None]
 

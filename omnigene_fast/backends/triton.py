@@ -87,7 +87,7 @@ def expert_mlp(
     from ..kernels.expert_forward import launch_expert_down_fwd, launch_expert_up_fwd
     from ..kernels.tiles import expert_tiles, rows_per_expert
 
-    T = hidden.shape[0]
+    T, H = hidden.shape
     E, _, I = down_proj.shape  # noqa: E741
     if hidden.numel() == 0 or I == 0:
         return torch.zeros_like(hidden, memory_format=torch.contiguous_format)
@@ -96,7 +96,9 @@ def expert_mlp(
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     if tiles is None:
-        tiles = expert_tiles(rows_per_expert(T, index.shape[1], E), hidden.dtype, _arch(hidden.device))
+        aligned = H % 16 == 0 and I % 16 == 0 and all(map(_aligned, (hidden, gate_up_proj, down_proj)))
+        rows = rows_per_expert(T, index.shape[1], E)
+        tiles = expert_tiles(rows, I, hidden.dtype, _arch(hidden.device), aligned=aligned)
     with _on(hidden.device):
         dispatch = launch_dispatch_fwd(index, E, tiles.up.block_m)
         h = launch_expert_up_fwd(hidden, gate_up_proj, dispatch, activation, tiles.up)
@@ -120,6 +122,11 @@ def _arch(device: torch.device) -> int:
         return _INTERPRETED_ARCH
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether Triton knows that every row begins at a multiple of 16 bytes: it looks at pointers and strides."""
+    return tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
 
 
 def _check_ids(index: Tensor, num_experts: int, expert_parallel: bool) -> None:
