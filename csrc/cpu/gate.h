@@ -1,0 +1,266 @@
+// The router: RMSNorm without weight, scale, projection, softmax, top-k, renormalise, per-expert scale.
+#pragma once
+#include <omp.h>
+
+#include <cmath>
+
+#include "api.h"
+#include "experts.h"
+#include "tiles.h"
+
+namespace omnigene {
+namespace {
+
+// softmax of logits[E] into probabilities[E], then the K largest, equals by lowest id. `room` holds round_up(E, W) floats.
+inline void select_experts(const float* logits, int64_t E, int64_t K, const float* per_expert_scale, float* probabilities,
+                           float* weights, int64_t* index, float* room) {
+  float top = -INFINITY;
+  for (int64_t e = 0; e < E; ++e) top = logits[e] > top ? logits[e] : top;
+  const int64_t padded = round_up(E, W);
+  VF total = {};
+  for (int64_t e = 0; e < padded; e += W) {
+    float part[W];
+    for (int i = 0; i < W; ++i) part[i] = e + i < E ? logits[e + i] : -INFINITY;
+    VF p = vexp_below(vload(part) - top);
+    vstore(part, p);
+    for (int i = 0; i < W; ++i) part[i] = e + i < E ? part[i] : 0.0f;
+    p = vload(part);
+    vstore(room + e, p);
+    total += p;
+  }
+  const float sum = vsum(total);
+  for (int64_t e = 0; e < padded; e += W) vstore(room + e, vload(room + e) / sum);
+  std::memcpy(probabilities, room, E * sizeof(float));
+  for (int64_t e = E; e < padded; ++e) room[e] = -1.0f;
+  if (!(sum == sum)) {  // a NaN token: every weight is NaN, the ids stay valid and distinct
+    for (int64_t k = 0; k < K; ++k) {
+      index[k] = k;
+      weights[k] = NAN;
+    }
+    return;
+  }
+  float selected = 0.0f;
+  for (int64_t k = 0; k < K; ++k) {
+    VF best = vset(-1.0f);
+    for (int64_t e = 0; e < padded; e += W) best = vmax(best, vload(room + e));
+    float lanes[W], p = -1.0f;
+    vstore(lanes, best);
+    for (int i = 0; i < W; ++i) p = lanes[i] > p ? lanes[i] : p;
+    int64_t id = 0;
+    while (room[id] != p) ++id;
+    index[k] = id;
+    weights[k] = p;
+    selected += p;
+    room[id] = -1.0f;
+  }
+  for (int64_t k = 0; k < K; ++k) weights[k] = weights[k] / selected * per_expert_scale[index[k]];
+}
+
+template <class T>
+inline void widen(const void* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = to_float(static_cast<const T*>(from)[i]);
+}
+inline void widen(Dtype dtype, const void* from, int64_t n, float* to) {
+  switch (dtype) {
+    case Dtype::f32: return widen<float>(from, n, to);
+    case Dtype::bf16: return widen<bf16>(from, n, to);
+    case Dtype::f16: return widen<f16>(from, n, to);
+  }
+}
+INLINE int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+inline void topk_gate(const GateArgs& g) {
+  const int threads = g.T * g.E < 8192 ? 1 : g.threads;
+  const int64_t own = round_up(g.E, W) * 2;
+  float* scale = static_cast<float*>(scratch(0, (g.E + own * threads) * sizeof(float)));
+  float* rooms = scale + g.E;
+  widen(g.scale_dtype, g.per_expert_scale, g.E, scale);
+#pragma omp parallel num_threads(threads)
+  {
+    const int id = omp_get_thread_num(), team = omp_get_num_threads();
+    float *room = rooms + own * id, *logits = room + own / 2;
+    for (int64_t t = g.T * id / team; t < g.T * (id + 1) / team; ++t) {
+      const char* row = static_cast<const char*>(g.logits) + t * g.logits_stride * element_size(g.logits_dtype);
+      widen(g.logits_dtype, row, g.E, logits);
+      select_experts(logits, g.E, g.K, scale, g.probabilities + t * g.E, g.weights + t * g.K, g.index + t * g.K, room);
+    }
+  }
+}
+
+// X: dtype of hidden, projection and scale. HF: round to X where transformers does.
+template <class X, bool HF>
+class Route {
+  using M = Mode<X, OMNIGENE_BF16 && HF && std::is_same_v<X, bf16>>;
+  using Activation = typename M::Activation;
+  static constexpr int64_t CHUNK = MAX_V * W;  // tokens that meet the projection together
+
+ public:
+  explicit Route(const RouteArgs& args) : g_(args) {}
+
+  void run() {
+    const int64_t H = g_.H, E = g_.E, T = g_.T;
+    int threads = double(T) * double(E) * double(H) < 1e5 ? 1 : g_.threads;
+    const bool split_rows = T < W * threads;  // too few tokens to go round: each thread takes some of the experts
+    const int64_t rows = split_rows ? round_up(T, W) : CHUNK;
+    const int64_t row = round_up(H, 32);
+    const int64_t x_bytes = round_up(rows * row * int64_t(sizeof(Activation)), 64);
+    const int64_t panel_bytes = round_up(ceil_div(H, M::PER_UNIT) * CHUNK * 4, 64);
+    const int64_t wide_bytes = M::CONVERT ? round_up(ROWS * H * 4, 64) : 0;
+    const int64_t tail_bytes = round_up(ROWS * H * int64_t(sizeof(X)), 64);
+    const int64_t room_bytes = round_up(round_up(E, W) * 4, 64);
+    const int64_t own = x_bytes + panel_bytes + wide_bytes + tail_bytes + room_bytes;
+    const int64_t blocks = ceil_div(E, ROWS), padded = blocks * ROWS;
+    const int64_t logit_rows = split_rows ? T : CHUNK * threads;
+    char* memory = static_cast<char*>(scratch(0, own * threads));
+    float* scale = static_cast<float*>(scratch(1, (H + E) * sizeof(float)));
+    float* logits = static_cast<float*>(scratch(2, logit_rows * padded * sizeof(float)));
+    widen<X>(g_.scale, H, scale);
+    widen<X>(g_.per_expert_scale, E, scale + H);
+    scale_ = scale;
+    padded_ = padded;
+    row_ = row;
+
+#pragma omp parallel num_threads(threads)
+    {
+      const int id = omp_get_thread_num(), team = omp_get_num_threads();
+      char* m = memory + own * id;
+      Workspace ws;
+      ws.x = reinterpret_cast<Activation*>(m);
+      ws.panel = reinterpret_cast<float*>(m += x_bytes);
+      ws.wide = reinterpret_cast<float*>(m += panel_bytes);
+      ws.tail = reinterpret_cast<X*>(m += wide_bytes);
+      ws.room = reinterpret_cast<float*>(m + tail_bytes);
+      if (split_rows) {
+        for (int64_t t = 0; t < T; ++t) normalise(t, ws.x + t * row);
+        for (int64_t t = 0; t < T; t += CHUNK)
+          project(ws, ws.x + t * row, T - t < CHUNK ? T - t : CHUNK, blocks * id / team, blocks * (id + 1) / team,
+                  logits + t * padded);
+#pragma omp barrier
+        for (int64_t t = T * id / team; t < T * (id + 1) / team; ++t) select(t, logits + t * padded, ws.room);
+      } else {
+        float* mine = logits + id * CHUNK * padded;
+        const int64_t chunks = ceil_div(T, CHUNK) > team ? ceil_div(T, CHUNK) : team;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t c = 0; c < chunks; ++c) {
+          const int64_t t0 = T * c / chunks, t1 = T * (c + 1) / chunks;
+          for (int64_t t = t0; t < t1; ++t) normalise(t, ws.x + (t - t0) * row);
+          project(ws, ws.x, t1 - t0, 0, blocks, mine);
+          for (int64_t t = t0; t < t1; ++t) select(t, mine + (t - t0) * padded, ws.room);
+        }
+      }
+    }
+    trim_scratch();
+  }
+
+ private:
+  struct Workspace {
+    Activation* x;
+    float *panel, *wide;
+    X* tail;
+    float* room;
+    Block block;
+  };
+
+  static INLINE VF rounded(VF x) {
+    if constexpr (HF) return rounded_through(x, static_cast<X*>(nullptr));
+    return x;
+  }
+
+  void normalise(int64_t t, Activation* out) const {
+    const X* x = static_cast<const X*>(g_.hidden) + t * g_.hidden_stride;
+    const int64_t H = g_.H;
+    // The tail is handled as a whole vector padded with zeros.
+    X last_x[W] = {};
+    float last_scale[W] = {};
+    const int64_t whole = H / W * W;
+    std::memcpy(last_x, x + whole, (H - whole) * sizeof(X));
+    std::memcpy(last_scale, scale_ + whole, (H - whole) * sizeof(float));
+    VF squares[4] = {};
+    int64_t k = 0;
+    for (; k + 4 * W <= H; k += 4 * W)
+      for (int i = 0; i < 4; ++i) {
+        const VF v = load_as_float(x + k + i * W);
+        squares[i] += v * v;
+      }
+    for (; k < whole; k += W) {
+      const VF v = load_as_float(x + k);
+      squares[0] += v * v;
+    }
+    const VF v = load_as_float(last_x);
+    squares[1] += v * v;
+    const float mean = vsum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(H);
+    const float reciprocal = 1.0f / std::sqrt(mean + g_.eps);
+    auto one = [&](const X* from, const float* scale) {
+      return rounded(rounded(rounded(load_as_float(from) * reciprocal) * vload(scale)) * g_.root);
+    };
+    for (k = 0; k < whole; k += W) store_rounded(out + k, one(x + k, scale_ + k));
+    if (whole < H) {
+      Activation part[W];
+      store_rounded(part, one(last_x, last_scale));
+      std::memcpy(out + whole, part, (H - whole) * sizeof(Activation));
+    }
+  }
+
+  // logits[n, e] for the experts of blocks [first, last).
+  void project(Workspace& ws, const Activation* x, int64_t n, int64_t first, int64_t last, float* logits) const {
+    if (n == 0) return;
+    Tokens<M> tokens;
+    tokens.split = Split(int(n));
+    tokens.count = g_.H;
+    const Activation* row[MAX_TOKENS];
+    for (int64_t i = 0; i < n; ++i) row[i] = x + i * row_;
+    const int in_lanes = int(n) - tokens.split.single;
+    float* panel = ws.panel;
+    for (int i = 0, from = 0; i < tokens.split.chunks(); ++i) {
+      const int vectors = tokens.split.vectors(i);
+      pack_panel<M>(row + from, in_lanes - from < vectors * W ? in_lanes - from : vectors * W, vectors, g_.H, panel);
+      tokens.panel[i] = panel;
+      panel += ceil_div(g_.H, M::PER_UNIT) * vectors * W;
+      from += vectors * W;
+    }
+    for (int i = 0; i < tokens.split.single; ++i) tokens.row[i] = row[in_lanes + i];
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t e0 = b * ROWS;
+      const X* w = static_cast<const X*>(g_.proj) + e0 * g_.proj_stride;
+      int64_t stride = g_.proj_stride;
+      const X* next = b + 1 < last ? w + ROWS * stride : nullptr;
+      if (g_.E - e0 < ROWS) {
+        w = pad_rows(w, stride, g_.E - e0, ROWS, g_.H, ws.tail);
+        stride = g_.H;
+      }
+      if (b + 2 == last && g_.E % ROWS) next = nullptr;
+      multiply_block<M>(tokens, w, w + HALF * stride, stride, next, next ? next + HALF * stride : nullptr, ws.wide,
+                        ws.block);
+      for (int i = 0; i < in_lanes; ++i)
+        for (int r = 0; r < ROWS; ++r) logits[i * padded_ + e0 + r] = ws.block.c[r * MAX_TOKENS + i];
+      for (int i = 0; i < tokens.split.single; ++i)
+        std::memcpy(logits + (in_lanes + i) * padded_ + e0, ws.block.d + i * ROWS, ROWS * sizeof(float));
+    }
+  }
+
+  void select(int64_t t, float* logits, float* room) const {
+    for (int64_t e = 0; e < padded_; e += W) vstore(logits + e, rounded(vload(logits + e)));
+    select_experts(logits, g_.E, g_.K, scale_ + g_.H, g_.probabilities + t * g_.E, g_.weights + t * g_.K,
+                   g_.index + t * g_.K, room);
+  }
+
+  const RouteArgs& g_;
+  const float* scale_ = nullptr;  // [H] then per-expert [E], widened
+  int64_t padded_ = 0, row_ = 0;
+};
+
+inline void route(const RouteArgs& args) {
+  auto with = [&](auto x) {
+    using X = decltype(x);
+    if (args.round_like_hf) Route<X, true>(args).run();
+    else Route<X, false>(args).run();
+  };
+  switch (args.dtype) {
+    case Dtype::f32: return with(float{});
+    case Dtype::bf16: return with(bf16{});
+    case Dtype::f16: return with(f16{});
+  }
+}
+
+}  // namespace
+}  // namespace omnigene

@@ -1,0 +1,223 @@
+// Vectors of OMNIGENE_WIDTH floats, written with the compiler's vector extensions so that one source serves every
+// instruction set; intrinsics only where the language has no word for it (half precision, dot products of bf16 pairs).
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if !defined(OMNIGENE_NO_X86)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace omnigene {
+namespace {
+
+constexpr int W = OMNIGENE_WIDTH;
+typedef float VF __attribute__((vector_size(4 * W)));
+typedef float VFu __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t VI __attribute__((vector_size(4 * W)));
+typedef uint32_t VU __attribute__((vector_size(4 * W)));
+typedef uint16_t VH __attribute__((vector_size(2 * W)));
+typedef uint16_t VHu __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+INLINE VF vset(float x) { return x - VF{}; }
+INLINE VF vload(const float* p) { return *reinterpret_cast<const VFu*>(p); }
+INLINE void vstore(float* p, VF x) { *reinterpret_cast<VFu*>(p) = x; }
+INLINE VF vmax(VF a, VF b) { return a < b ? b : a; }  // a NaN in a stays
+INLINE VF vmin(VF a, VF b) { return a > b ? b : a; }
+
+template <int N = W>
+INLINE float vsum(VF x) {
+  float s[W], total = 0;
+  vstore(s, x);
+  for (int h = W / 2; h; h /= 2)
+    for (int i = 0; i < h; ++i) s[i] += s[i + h];
+  total = s[0];
+  return total;
+}
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+INLINE float to_float(f16 x) {
+  uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  float f = 0;
+  if (magnitude >= 0x7c00) {  // Inf, NaN
+    magnitude = (magnitude << 13) | 0x7f800000;
+    std::memcpy(&f, &magnitude, 4);
+  } else {  // normal and subnormal alike: place the bits, then scale by 2^112
+    magnitude <<= 13;
+    std::memcpy(&f, &magnitude, 4);
+    f *= 0x1p112f;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  bits |= sign;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+INLINE bf16 round_to(float x, bf16*) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return {uint16_t(0x7fc0)};
+  return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+INLINE float round_to(float x, float*) { return x; }
+INLINE f16 round_to(float x, f16*) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  const uint32_t sign = (u >> 16) & 0x8000;
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (u >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // >= 65520 rounds to Inf
+  if (u < 0x38800000) {                                   // subnormal: let an addition do the rounding
+    float f;
+    std::memcpy(&f, &u, 4);
+    f += 0.5f;
+    std::memcpy(&u, &f, 4);
+    return {uint16_t(sign | (u - 0x3f000000))};
+  }
+  return {uint16_t(sign | ((u + 0xfff + ((u >> 13) & 1) - (112u << 23)) >> 13))};
+}
+
+INLINE VF load_as_float(const float* p) { return vload(p); }
+INLINE VF load_as_float(const bf16* p) {
+  const VH h = *reinterpret_cast<const VHu*>(p);
+  return (VF)(__builtin_convertvector(h, VU) << 16);
+}
+INLINE VF load_as_float(const f16* p) {
+#if OMNIGENE_WIDTH == 16
+  return (VF)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (VF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VF x;
+  for (int i = 0; i < W; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+
+INLINE VU bf16_bits(VF x) {  // round to nearest even; the 16 bits stand in the low half
+  const VU u = (VU)x;
+  const VU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return (VU)((VI)((u & 0x7fffffff) > 0x7f800000) ? (VI)(VU{} + 0x7fc0) : (VI)rounded);
+}
+INLINE void store_rounded(float* p, VF x) { vstore(p, x); }
+INLINE void store_rounded(bf16* p, VF x) { *reinterpret_cast<VHu*>(p) = __builtin_convertvector(bf16_bits(x), VH); }
+INLINE void store_rounded(f16* p, VF x) {
+#if OMNIGENE_WIDTH == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)x, 0));
+#else
+  for (int i = 0; i < W; ++i) p[i] = round_to(x[i], p);
+#endif
+}
+// x rounded to T and back: where transformers writes a tensor of dtype T.
+INLINE VF rounded_through(VF x, float*) { return x; }
+INLINE VF rounded_through(VF x, bf16*) { return (VF)(bf16_bits(x) << 16); }
+INLINE VF rounded_through(VF x, f16*) {
+  f16 h[W];
+  store_rounded(h, x);
+  return load_as_float(h);
+}
+
+// exp by 2^n times a degree-6 polynomial on [-ln2/2, ln2/2]; 1-2 ulp. NaN stays NaN.
+INLINE VF vexp(VF x) {
+  x = vmin(vmax(x, vset(-87.0f)), vset(88.0f));
+  const VF magic = vset(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
+  VF n = x * 1.44269504088896f;
+  n = (n + magic) - magic;
+  VF r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  VF p = r * 1.3981999507e-3f + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // n is an integer between -126 and 127 here, or NaN, whose product below is NaN whatever the scale.
+  const VI scale = (__builtin_convertvector(n, VI) + 127) << 23;
+  return p * (VF)scale;
+}
+// exp for x <= 0 that goes on through the subnormals to zero, as softmax needs: the top-k order of tiny probabilities.
+INLINE VF vexp_below(VF x) {
+  x = vmax(x, vset(-104.0f));  // exp(-104) rounds to zero
+  const VF half = vset(0.5f) * x;
+  const VF root = vexp(half);
+  return root * root;
+}
+INLINE VF sigmoid(VF x) { return 1.0f / (1.0f + vexp(-x)); }
+
+template <int A>
+INLINE VF activate(VF g) {
+  if constexpr (A == 2) return g * sigmoid(g);  // silu
+  // 0.5 (1 + tanh(z)) = sigmoid(2z), z = sqrt(2/pi) (g + 0.044715 g^3)
+  if constexpr (A == 0) return g * sigmoid(1.5957691216057308f * (g + 0.044715f * g * g * g));
+  // erf by Abramowitz & Stegun 7.1.26, absolute error 1.5e-7
+  const VF x = g * 0.7071067811865476f;
+  const VF a = x < 0.0f ? -x : x;
+  const VF t = 1.0f / (1.0f + 0.3275911f * a);
+  VF p = 1.061405429f * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = (p * t + 0.254829592f) * t;
+  const VF tail = 0.5f * p * vexp(-a * a);  // 0.5 erfc(|x|)
+  return g * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+// One butterfly step of a W x W transposition or reduction: lanes whose bit D is clear come from a, the others from b.
+template <int D, int... L>
+INLINE VF keep_lanes(VF a, VF b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, ((L & D) ? L + W : L)...);
+}
+template <int D, int... L>
+INLINE VF swap_lanes(VF a, VF b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, ((L & D) ? (L ^ D) + W : (L ^ D))...);
+}
+template <int D, int... L>
+INLINE VF low_lanes(VF a, VF b, std::integer_sequence<int, L...>) {  // a's clear lanes stay, b's clear lanes move up
+  return __builtin_shufflevector(a, b, ((L & D) ? (L ^ D) + W : L)...);
+}
+template <int D, int... L>
+INLINE VF high_lanes(VF a, VF b, std::integer_sequence<int, L...>) {  // a's set lanes move down, b's set lanes stay
+  return __builtin_shufflevector(a, b, ((L & D) ? L + W : (L ^ D))...);
+}
+using Lanes = std::make_integer_sequence<int, W>;
+
+// Lane i of the result is the sum over all lanes of a[i].
+template <int D = W / 2>
+INLINE VF sum_each(VF* a) {
+#pragma GCC unroll 16
+  for (int j = 0; j < D; ++j) a[j] = keep_lanes<D>(a[j], a[j + D], Lanes{}) + swap_lanes<D>(a[j], a[j + D], Lanes{});
+  if constexpr (D > 1) return sum_each<D / 2>(a);
+  return a[0];
+}
+
+// a[i][j] -> a[j][i]
+template <int D = W / 2>
+INLINE void transpose(VF* a) {
+#pragma GCC unroll 16
+  for (int j = 0; j < W; ++j) {
+    if (j & D) continue;
+    const VF low = low_lanes<D>(a[j], a[j + D], Lanes{}), high = high_lanes<D>(a[j], a[j + D], Lanes{});
+    a[j] = low;
+    a[j + D] = high;
+  }
+  if constexpr (D > 1) transpose<D / 2>(a);
+}
+
+}  // namespace
+}  // namespace omnigene

@@ -1,0 +1,129 @@
+"""The C++ backend: hands pointers to `omnigene_fast._cpu`, which picks its instruction set by CPUID when first used."""
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from omnigene_fast import _cpu
+    except ImportError as error:
+        return None, (
+            "the C++ module omnigene_fast._cpu was not built or cannot be loaded"
+            f" ({error}); install a C++ compiler (g++) and reinstall omnigene-fast."
+        )
+    try:
+        _cpu.isa()
+    except RuntimeError as error:  # OMNIGENE_FAST_CPU_ISA names what this processor lacks
+        return None, str(error)
+    return _cpu, None
+
+
+def _module() -> ModuleType:
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def unavailable(device: torch.device) -> str | None:
+    """None if this backend can serve tensors on `device`, else one sentence: why not, and the way out."""
+    if device.type != "cpu":
+        return f"the C++ kernels need CPU tensors, got device {device}; use backend='auto'."
+    return _load()[1]
+
+
+def isa() -> str:
+    """The instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16" (override: OMNIGENE_FAST_CPU_ISA)."""
+    return _module().isa()
+
+
+def probe_bandwidth(seconds: float = 0.2) -> float:
+    """Read bandwidth of main memory in GB/s: the best pass over 1 GiB with torch's thread count."""
+    return _module().probe_bandwidth(seconds, torch.get_num_threads()) / 1e9
+
+
+def probe_peak(dtype: str = "bfloat16", seconds: float = 0.1) -> float:
+    """Peak multiply-add rate in GFLOP/s for "bfloat16" or "float32" with torch's thread count."""
+    return _module().probe_peak(DTYPES[getattr(torch, dtype)], seconds, torch.get_num_threads()) / 1e9
+
+
+def route(
+    hidden: Tensor,
+    proj_weight: Tensor,
+    scale: Tensor,
+    per_expert_scale: Tensor,
+    top_k: int,
+    eps: float,
+    numerics: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, proj_weight = _rows(hidden), _rows(proj_weight)
+    scale, per_expert_scale = scale.contiguous(), per_expert_scale.contiguous()
+    (T, H), E = hidden.shape, proj_weight.shape[0]
+    probabilities, weights, index = _gate_outputs(T, E, top_k)
+    if T:
+        _module().route(
+            hidden.data_ptr(), hidden.stride(0), proj_weight.data_ptr(), proj_weight.stride(0), scale.data_ptr(),
+            per_expert_scale.data_ptr(), probabilities.data_ptr(), weights.data_ptr(), index.data_ptr(), T, top_k, E, H,
+            eps, H**-0.5, DTYPES[hidden.dtype], numerics == "hf", torch.get_num_threads(),
+        )  # fmt: skip
+    return probabilities, weights, index
+
+
+def topk_gate(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    logits, per_expert_scale = _rows(logits), per_expert_scale.contiguous()
+    if per_expert_scale.dtype not in DTYPES:
+        per_expert_scale = per_expert_scale.float()
+    T, E = logits.shape
+    probabilities, weights, index = _gate_outputs(T, E, top_k)
+    if T:
+        _module().topk_gate(
+            logits.data_ptr(), logits.stride(0), per_expert_scale.data_ptr(), probabilities.data_ptr(),
+            weights.data_ptr(), index.data_ptr(), T, top_k, E, DTYPES[logits.dtype], DTYPES[per_expert_scale.dtype],
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return probabilities, weights, index
+
+
+def expert_mlp(
+    hidden: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    activation: str,
+    expert_parallel: bool,
+) -> Tensor:
+    hidden = _rows(hidden)
+    index = index.to(torch.int64).contiguous()
+    weights = weights.to(torch.float32).contiguous()
+    (T, H), K, (E, I2, _) = hidden.shape, index.shape[1], gate_up_proj.shape
+    out = torch.empty((T, H), dtype=hidden.dtype)
+    if T and H:
+        _module().expert_mlp(
+            hidden.data_ptr(), hidden.stride(0), gate_up_proj.data_ptr(), gate_up_proj.stride(0), gate_up_proj.stride(1),
+            down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1), index.data_ptr(), weights.data_ptr(),
+            out.data_ptr(), T, K, E, H, I2 // 2, DTYPES[hidden.dtype], ACTIVATIONS[activation], expert_parallel,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` itself if its rows are contiguous, whatever the step from row to row, else a copy."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _gate_outputs(T: int, E: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty((T, E), dtype=torch.float32),
+        torch.empty((T, K), dtype=torch.float32),
+        torch.empty((T, K), dtype=torch.int64),
+    )
