@@ -67,7 +67,7 @@ def _router_forward(
         if (
             weight.dtype == scale.dtype == per_expert_scale.dtype == dtype
             and type(weight) in (nn.Parameter, Tensor)  # not a quantised or sharded subclass
-            and not torch.is_autocast_enabled(hidden_states.device.type)
+            and not _is_autocast(hidden_states.device.type)
         ):
             return ops.route(
                 hidden_states,
@@ -82,6 +82,10 @@ def _router_forward(
     # Up to the logits as transformers does it, so that whatever wraps the projection (LoRA, 4-bit, hooks) has its say.
     logits = proj(norm(hidden_states) * scale * router.scalar_root_size)
     return ops.topk_gate(logits, per_expert_scale, top_k=top_k, backend=backend)
+
+
+def _is_autocast(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch has no answer for meta
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
