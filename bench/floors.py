@@ -1,7 +1,7 @@
 """The physical floor of an operation: the larger of its bytes / bandwidth and its FLOPs / peak.
 
-Bandwidth and peak are probed in the same process, once in every round of measurements, and the medians are used:
-memory bandwidth drifts with the neighbours on a shared machine.
+Bandwidth and peak are probed in the same process, between the rounds of measurements, and the medians are used: memory
+bandwidth drifts with the neighbours on a shared machine.
 """
 
 import statistics

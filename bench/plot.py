@@ -56,7 +56,9 @@ def plot(rows: list[Row], path: Path) -> None:
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(6, len(handles)))
+    labels = [name for name in (*NAMES, "floor") if name in handles]
+    columns = min(6, len(labels))
+    figure.legend([handles[name] for name in labels], labels, loc="outside lower center", ncols=columns)
     first = rows[0]
     figure.suptitle(
         f"{first['device']}, {first['threads']} threads, {first['dtype']},"

@@ -1,7 +1,8 @@
 """Measures providers side by side: checked first, then in interleaved rounds A B C A B C ..., in a fixed order.
 
-Every round begins with a probe of bandwidth and peak. Providers run in the order of their list; within a round each takes
-another draw, so that none finds its expert weights in the cache because the one before it has just read them, and over
+Bandwidth and peak are probed before, between (every `PROBE_EVERY` seconds) and after the rounds of a case; the floor uses
+the medians. Providers run in the order of their list, which is the order of the rows; within a round each takes another
+draw, so that none finds its expert weights in the cache because the one before it has just read them, and over
 the rounds all see the same draws. The router's projection is one of many equal copies, more than the cache holds.
 """
 
@@ -24,6 +25,7 @@ from .workloads import MODES, TRUE_SHAPE, Draw, Layer, Shape
 
 Row = dict[str, Any]
 DRAWS = 8
+PROBE_EVERY = 1.5  # seconds: the C++ probe fills and reads 1 GiB, a third of a second
 TOKENS = (1, 4, 16, 64, 256, 1024)
 
 
@@ -31,7 +33,8 @@ TOKENS = (1, 4, 16, 64, 256, 1024)
 class Settings:
     """What `run` measures.
 
-    `seconds` is the time per case (op, mode, T) after the check, but never fewer than `min_rounds` rounds.
+    `seconds` is the time per case (op, mode, T) after the check; it grows up to fourfold to reach `min_rounds` rounds,
+    and a case has at least three.
     """
 
     ops: tuple[str, ...] = OPS
@@ -197,20 +200,24 @@ def _interleaved(
     times: dict[str, list[float]] = {provider.name: [] for provider in ready}
     probe.reset()
     probe.sample()
-    stop = time.perf_counter() + settings.seconds
+    start = probed = time.perf_counter()
     calls = 0
     gc.collect()
     gc.disable()
     try:
         for turn in range(settings.max_rounds):
-            if turn >= settings.min_rounds and time.perf_counter() > stop:
+            spent = time.perf_counter() - start
+            if turn >= 3 and spent > settings.seconds * (1 if turn >= settings.min_rounds else 4):
                 break
             for place, provider in enumerate(ready):
                 draw = draws[(turn + place * max(1, len(draws) // len(ready))) % len(draws)]
                 provider.use_proj(copies[calls % len(copies)])
                 calls += 1
                 times[provider.name].append(_time(provider, draw, settings.device))
-            probe.sample()
+            if time.perf_counter() - probed > PROBE_EVERY:
+                probe.sample()
+                probed = time.perf_counter()
+        probe.sample()
     finally:
         gc.enable()
     return times

@@ -52,7 +52,7 @@ def device_name(device: torch.device) -> str:
 def slug(device: torch.device) -> str:
     """A file name for results measured on `device`, such as "cpu-amd-epyc-zen-5-2c"."""
     kind = "gpu" if device.type == "cuda" else "cpu"
-    words = re.sub(r"\(.*?\)|@.*", " ", device_name(device))
+    words = re.sub(r"\((R|TM)\)|@.*", " ", device_name(device), flags=re.IGNORECASE)
     words = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     return f"{kind}-{words}" + (f"-{torch.get_num_threads()}c" if kind == "cpu" else "")
 

@@ -1,0 +1,75 @@
+"""pytest-benchmark microbenchmarks: one provider at a time, for comparing one's own changes.
+
+    pytest bench/bench_ops.py -o addopts= --benchmark-autosave
+    pytest bench/bench_ops.py -o addopts= --benchmark-compare -k "experts and T16"
+
+`omnigene-fast bench` is the comparison between providers: it interleaves them and relates them to the floor. These cases
+share its workloads, providers and checks; OMNIGENE_FAST_BENCH_SHAPE="H,I,E,K" takes another layer than the true one.
+"""
+
+import os
+from itertools import cycle
+
+import pytest
+import torch
+
+from omnigene_fast.bench import checks
+from omnigene_fast.bench.providers import OPS, OURS, TRANSFORMERS, Missing, build
+from omnigene_fast.bench.runner import DRAWS, TOKENS, need_memory, projection_copies
+from omnigene_fast.bench.workloads import MODES, TRUE_SHAPE, Layer, Shape
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16
+
+
+@pytest.fixture(scope="session")
+def layer() -> Layer:
+    """The layer whose weights every case shares."""
+    text = os.environ.get("OMNIGENE_FAST_BENCH_SHAPE")
+    shape = Shape(*map(int, text.split(","))) if text else TRUE_SHAPE
+    try:
+        need_memory(shape, DTYPE, DEVICE)
+    except MemoryError as short:
+        pytest.skip(str(short))
+    return Layer(shape, DTYPE, DEVICE)
+
+
+@pytest.mark.parametrize("provider_name", [OURS, *TRANSFORMERS])
+@pytest.mark.parametrize("tokens", TOKENS, ids=lambda tokens: f"T{tokens}")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("op", OPS)
+def test_op(benchmark, layer: Layer, op: str, mode: str, tokens: int, provider_name: str) -> None:  # type: ignore[no-untyped-def]
+    """One provider of one operation, the routing redrawn on each call."""
+    if op == "route" and (mode != MODES[0] or provider_name not in (OURS, "eager")):
+        pytest.skip("the router does not depend on the mode, and transformers has one")
+    (provider,) = build(op, layer, (provider_name,))
+    assert not isinstance(provider, Missing)
+    if reason := provider.skipped(tokens):
+        pytest.skip(reason)
+    draws = list(layer.draws(mode, tokens, DRAWS))
+    copies = projection_copies(layer.projection(mode), DEVICE)
+    turns = zip(cycle(draws), cycle(copies))
+
+    def setup() -> tuple[tuple, dict]:
+        draw, proj = next(turns)
+        provider.use_proj(proj)
+        return (draw,), {}
+
+    def call(draw):  # type: ignore[no-untyped-def]
+        out = provider.call(draw)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return out
+
+    rows = checks.sample(tokens)
+    expected = checks.truth(op, layer, draws[0], copies[0], rows)
+    error = []
+    with torch.no_grad():
+        for each in (provider, build(op, layer, ("eager",))[0]):
+            assert not isinstance(each, Missing)
+            each.use_proj(copies[0])
+            error.append(checks.errors(op, layer, each.call(draws[0]), expected, rows))
+        assert checks.passes(error[0], error[1], DTYPE), error
+        benchmark.group = f"{op} {mode} T={tokens}"
+        benchmark.extra_info["error"] = max(error[0].values())
+        benchmark.pedantic(call, setup=setup, rounds=DRAWS, warmup_rounds=1)

@@ -1,0 +1,47 @@
+"""`omnigene-fast demo`: real sequences through a stock and an accelerated Gemma-4 MoE, side by side."""
+
+from pathlib import Path
+
+import torch
+
+from . import compare, layer
+from .model import Size, load_checkpoint, load_texts, small_model
+
+__all__ = ["Size", "run"]
+
+
+def run(device: torch.device, checkpoint: Path | None = None, *, true_shape: bool = True, size: Size | None = None) -> None:
+    """Print parity per layer, the experts each family prefers, tokens/s, and one layer at the true shape.
+
+    Args:
+        device: where the model runs.
+        checkpoint: a directory with a transformers checkpoint and its tokenizer; a small random Gemma-4 by default.
+        true_shape: also time one layer at Gemma-4-26B-A4B's size.
+        size: of the small model and of the texts; tests pass a tiny one.
+
+    Raises:
+        ValueError: `checkpoint` is not a checkpoint directory or has no mixture-of-experts layer.
+    """
+    size = size or Size()
+    model, encode, title = load_checkpoint(checkpoint, device) if checkpoint else small_model(size, device)
+    texts = load_texts(size.texts)
+    print(f"omnigene-fast demo on {device}\n\n{title}", flush=True)
+    print(
+        f"texts: {len(texts)} families of real sequences and prose, {size.texts} each, at most {size.length} tokens;"
+        " padding is masked and not counted\n",
+        flush=True,
+    )
+    batches = [
+        encode([family[number] for family in texts.values()], size.length).to(device) for number in range(size.texts)
+    ]
+    summary = [
+        compare.parity(model, batches[0]),
+        compare.preferences(model, batches, list(texts), random_weights=checkpoint is None),
+        compare.speed(model, batches[0], size.rounds),
+    ]
+    if true_shape:
+        del model
+        summary.append(layer.true_shape(device))
+    print("summary")
+    for line in summary:
+        print(f"  {line}")
