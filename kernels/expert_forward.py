@@ -104,8 +104,9 @@ def _expert_up_fwd_kernel(
     weight_row = tl.where(n < I, n, 0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = hidden_ptr + token.to(tl.int64)[:, None] * stride_hidden + k[None, :]
-    gate_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_expert + weight_row[None, :] * stride_row + k[:, None]
-    up_ptrs = gate_ptrs + I.to(tl.int64) * stride_row
+    weight_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_expert + k[:, None]
+    gate_ptrs = weight_ptrs + weight_row[None, :] * stride_row
+    up_ptrs = weight_ptrs + (weight_row[None, :] + I) * stride_row
 
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

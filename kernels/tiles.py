@@ -138,6 +138,7 @@ class RouteTile:
 
 
 MAX_FUSED_EXPERTS = 512  # a program of the fused router holds the logits of all experts
+_ROUTE_STEPS = {256: 64, 512: 16}  # padded number of experts: step over H, for fewer experts 128
 
 
 def route_tile(T: int, E: int, dtype: torch.dtype, widened: bool, arch: int) -> RouteTile:
@@ -165,7 +166,9 @@ def all_route_tiles(E: int, arch: int) -> list[tuple[torch.dtype, str, RouteTile
 def _route_tile(block_t: int, columns: int, dtype: torch.dtype, widened: bool, arch: int) -> RouteTile:
     if columns > MAX_FUSED_EXPERTS:
         raise ValueError(f"the fused router serves at most {MAX_FUSED_EXPERTS} experts.")
-    block_h = 32 if widened else min(max(16384 // columns, 16), 128)
+    block_h = _ROUTE_STEPS.get(columns, 128)
+    if widened:
+        block_h = min(block_h, 32)
     stage_bytes = (block_t + columns) * block_h * dtype.itemsize
     return RouteTile(block_t, block_h, 8, min(_MAX_STAGES, shared_limit(arch) // stage_bytes))
 

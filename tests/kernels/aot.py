@@ -3,8 +3,8 @@
     python tests/kernels/aot.py [--json] [--arch 80 90 100]
 
 The launchers themselves are run on meta tensors at Gemma-4's sizes with `JITFunction.run` replaced by a recorder, so
-what is compiled is what a GPU would be asked to run: every configuration of `all_configs`, aligned and odd shapes, every
-dtype. Needs the real compiler: TRITON_INTERPRET must be unset. Compiled binaries live in Triton's own cache.
+what is compiled is what a GPU would be asked to run: every configuration of `all_configs`, aligned and odd shapes,
+every dtype. Needs the real compiler: TRITON_INTERPRET must be unset. Compiled binaries live in Triton's own cache.
 """
 
 import argparse
@@ -90,6 +90,8 @@ def record(arch: int) -> list[dict]:
     try:
         _record_experts(recorder, arch)
         _record_router(recorder, arch)
+        if arch == ARCHES[0]:
+            _record_ones(recorder, arch)
     finally:
         JITFunction.run = original
     for job in recorder.jobs:
@@ -142,6 +144,18 @@ def _record_experts(recorder: Recorder, arch: int) -> None:
         )
 
 
+def _record_ones(recorder: Recorder, arch: int) -> None:
+    """Every size is 1, which Triton turns into a constant."""
+    recorder.context = {"what": "all sizes 1"}
+    choice = tiles.expert_tiles(1, 1, torch.bfloat16, arch, aligned=False)
+    dispatch = launch_dispatch_fwd(_meta(1, 1, dtype=torch.int64), 1, choice.up.block_m)
+    h = launch_expert_up_fwd(_meta(1, 1), _meta(1, 2, 1), dispatch, "gelu_tanh", choice.up)
+    y = launch_expert_down_fwd(h, _meta(1, 1, 1), dispatch, choice.down)
+    launch_combine_fwd(y, dispatch.position, _meta(1, 1))
+    launch_route_fwd(_meta(1, 1), _meta(1, 1), _meta(1), _meta(1), 1, 1e-6, "hf", arch)
+    launch_topk_gate_fwd(_meta(1, 1), _meta(1), 1)
+
+
 def _record_router(recorder: Recorder, arch: int) -> None:
     def route(dtype, numerics, tokens, tile=None, experts=E, h=H):
         launch_route_fwd(
@@ -162,8 +176,9 @@ def _record_router(recorder: Recorder, arch: int) -> None:
             "gemm_rows": tile.block_t if dtype == torch.bfloat16 else 0,
         }
         route(dtype, numerics, 32, tile)
-    recorder.context = {"what": "bfloat16 hf E=257 odd", "aligned": False}
-    route(torch.bfloat16, "hf", 32, experts=257, h=H - 1)
+    for experts in (200, 257):
+        recorder.context = {"what": f"bfloat16 hf E={experts} odd", "aligned": False}
+        route(torch.bfloat16, "hf", 32, experts=experts, h=H - 1)
     recorder.context = {"what": "bfloat16 hf T=1024"}
     route(torch.bfloat16, "hf", 1024)
     recorder.context = {"what": "float16 fp32 T=1024"}
@@ -208,6 +223,7 @@ def build(job: dict) -> dict:
         "tensor_core": next((name for name, text in TENSOR_CORE.items() if text in ptx), ""),
         "gemm_rows": job.get("gemm_rows", 0),
         "wide_copies": len(re.findall(r"cp\.async\.\w+\.shared\.global[^\n]* 0x10,", ptx)),
+        "narrow_products": len(re.findall(r"arith\.muli .*: tensor<[0-9x]*xi32>", compiled.asm["ttir"])),
         "cubin_bytes": len(cubin),
     }
 

@@ -1,0 +1,32 @@
+"""Where the kernel tests run: on a GPU if there is one, else in Triton's interpreter, which needs a process of its own.
+
+Triton reads TRITON_INTERPRET when it is imported, for the whole process. So without a GPU and without that variable the
+tests of this folder that launch kernels are left to `test_in_interpreter.py`, which runs pytest again with it set.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+LAUNCHING = ["test_combine.py", "test_dispatch.py", "test_expert_forward.py", "test_gate.py", "test_forward_gpu.py"]
+
+collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else LAUNCHING[:-1]
+if INTERPRETED:
+    collect_ignore = ["test_in_interpreter.py", "test_aot.py", "test_triton_backend.py"]
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available() and not INTERPRETED:
+        return
+    reason = "TRITON_INTERPRET is set" if torch.cuda.is_available() else "torch finds no CUDA GPU"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The device of the kernel tests: CPU tensors in the interpreter, else CUDA."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
