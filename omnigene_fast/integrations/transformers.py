@@ -140,8 +140,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     activation = _activation(self)
     gate_up_proj = self.gate_up_proj
     _check_weights(self, gate_up_proj)
+    dtype = gate_up_proj.dtype
     out = ops.expert_mlp(
-        hidden_states.to(gate_up_proj.dtype),
+        hidden_states if hidden_states.dtype == dtype else hidden_states.to(dtype),
         gate_up_proj,
         self.down_proj,
         top_k_index,
@@ -151,7 +152,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         expert_parallel=getattr(self, "_is_expert_parallel", True),
         backend=self.__dict__.get(_RECORD, _UNTOUCHED).backend,
     )
-    return out.to(hidden_states.dtype)
+    return out if out.dtype == hidden_states.dtype else out.to(hidden_states.dtype)
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
