@@ -3,8 +3,9 @@
     pytest bench/bench_ops.py -o addopts= --benchmark-autosave
     pytest bench/bench_ops.py -o addopts= --benchmark-compare -k "experts and T16"
 
-`omnigene-fast bench` is the comparison between providers: it interleaves them and relates them to the floor. These cases
-share its workloads, providers and checks; OMNIGENE_FAST_BENCH_SHAPE="H,I,E,K" takes another layer than the true one.
+`omnigene-fast bench` is the comparison between providers: it interleaves them and relates them to the floor. These
+cases share its workloads, providers and checks; OMNIGENE_FAST_BENCH_SHAPE="H,I,E,K" takes another layer than the true
+one.
 """
 
 import os
@@ -12,11 +13,12 @@ from itertools import cycle
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from omnigene_fast.bench import checks
-from omnigene_fast.bench.providers import OPS, OURS, TRANSFORMERS, Missing, build
+from omnigene_fast.bench.providers import OPS, OURS, TRANSFORMERS, Missing, Output, build
 from omnigene_fast.bench.runner import DRAWS, TOKENS, need_memory, projection_copies
-from omnigene_fast.bench.workloads import MODES, TRUE_SHAPE, Layer, Shape
+from omnigene_fast.bench.workloads import MODES, TRUE_SHAPE, Draw, Layer, Shape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16
@@ -38,7 +40,7 @@ def layer() -> Layer:
 @pytest.mark.parametrize("tokens", TOKENS, ids=lambda tokens: f"T{tokens}")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("op", OPS)
-def test_op(benchmark, layer: Layer, op: str, mode: str, tokens: int, provider_name: str) -> None:  # type: ignore[no-untyped-def]
+def test_op(benchmark: BenchmarkFixture, layer: Layer, op: str, mode: str, tokens: int, provider_name: str) -> None:
     """One provider of one operation, the routing redrawn on each call."""
     if op == "route" and (mode != MODES[0] or provider_name not in (OURS, "eager")):
         pytest.skip("the router does not depend on the mode, and transformers has one")
@@ -55,7 +57,7 @@ def test_op(benchmark, layer: Layer, op: str, mode: str, tokens: int, provider_n
         provider.use_proj(proj)
         return (draw,), {}
 
-    def call(draw):  # type: ignore[no-untyped-def]
+    def call(draw: Draw) -> Output:
         out = provider.call(draw)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()

@@ -1,6 +1,7 @@
 """Time against tokens, log-log, one panel per operation and routing mode, with the floor."""
 
 from pathlib import Path
+from typing import Any
 
 from .providers import NAMES, OURS
 from .runner import Row
@@ -52,7 +53,7 @@ def plot(rows: list[Row], path: Path) -> None:
             axis.set_xlabel("tokens")
             if place == 0:
                 axis.set_ylabel("milliseconds")
-    handles: dict[str, object] = {}
+    handles: dict[str, Any] = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
@@ -71,7 +72,7 @@ def plot(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _panel(axis, rows: list[Row]) -> None:  # type: ignore[no-untyped-def]
+def _panel(axis: Any, rows: list[Row]) -> None:
     for name in NAMES:
         mine = [row for row in rows if row["provider"] == name and row["p50_ms"]]
         if mine:

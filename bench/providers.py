@@ -138,7 +138,9 @@ def _transformers(op: str, layer: Layer, implementation: str) -> Provider:
     provider = _provider(op, implementation, lambda draw: router(draw.hidden), norm, experts, use_proj)
     if implementation == "batched_mm":
         provider.max_tokens = BATCHED_MM_MAX_TOKENS
-        provider.skip_reason = f"copies the weights of every (token, expert): not run above {BATCHED_MM_MAX_TOKENS} tokens"
+        provider.skip_reason = (
+            f"copies the weights of every (token, expert): not run above {BATCHED_MM_MAX_TOKENS} tokens"
+        )
     return provider
 
 
@@ -186,7 +188,7 @@ def _gpu(op: str, layer: Layer, name: str) -> Provider | Missing:
 
 
 def _liger(layer: Layer) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]:
-    from liger_kernel.ops import LigerFusedMoEFunction
+    from liger_kernel.ops import LigerFusedMoEFunction  # type: ignore[import-not-found]
 
     def experts(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return LigerFusedMoEFunction.apply(hidden, layer.gate_up, layer.down, index.int(), weights)
@@ -195,7 +197,7 @@ def _liger(layer: Layer) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], st
 
 
 def _scattermoe(layer: Layer) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]:
-    from scattermoe.mlp import GLUMLP
+    from scattermoe.mlp import GLUMLP  # type: ignore[import-not-found]
 
     shape = layer.shape
     with torch.device("meta"):

@@ -55,7 +55,9 @@ def load(path: Path) -> list[Row]:
 def console(rows: list[Row]) -> str:
     """One line per provider of each case, as plain text."""
     lines = []
-    head = f"  {'provider':<14}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'x floor':>9}{'x best peer':>13}{'error':>10}  "
+    head = (
+        f"  {'provider':<14}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'x floor':>9}{'x best peer':>13}{'error':>10}  "
+    )
     for case in cases(rows):
         first = case[0]
         lines += [
@@ -138,9 +140,9 @@ def _device(path: Path) -> str:
         + (f", {first['isa']} kernels" if first["isa"] else f", {first['backend']} kernels"),
         f"Measured {first['date']} with torch {versions['torch']}, transformers {versions['transformers']}, Python"
         f" {versions['python']}: E={E}, K={K}, H={H}, I={I}, {first['dtype']}. Probed in the same process:"
-        f" {bandwidths[middle]:.1f} GB/s and {peaks[middle]:.0f} GFLOP/s (medians over the cases; each case uses its own)."
-        " Milliseconds are medians of interleaved rounds. Speed-up is the best correct peer's time over ours. The floor is"
-        " the larger of bytes / bandwidth and FLOPs / peak."
+        f" {bandwidths[middle]:.1f} GB/s and {peaks[middle]:.0f} GFLOP/s (medians over the cases; each uses its own)."
+        " Milliseconds are medians of interleaved rounds. Speed-up is the best correct peer's time over ours. The floor"
+        " is the larger of bytes / bandwidth and FLOPs / peak. Errors are against float64: ours, then eager's."
         f" Rows, with p20 and p80: [`bench/results/{path.name}`](bench/results/{path.name}).",
     ]
     for op in ("experts", "route", "block"):
@@ -151,7 +153,9 @@ def _device(path: Path) -> str:
     if plot.exists():
         parts.append(f"![Time against tokens](bench/results/{plot.name})")
     lost = losses(rows)
-    parts.append("**Where we lose** (slower than a peer, beyond a goal, or more than 1 % less exact than transformers' eager path)")
+    parts.append(
+        "**Where we lose** (slower than a peer, beyond a goal, or more than 1 % less exact than transformers' eager)"
+    )
     parts.append("\n".join(f"- {line}" for line in lost) if lost else "Nowhere in these rows.")
     return "\n\n".join(parts)
 
@@ -193,7 +197,9 @@ def _error(value: Any) -> str:
 
 def main() -> None:
     """Print tables, or rewrite those of a README."""
-    parser = argparse.ArgumentParser(prog="python -m omnigene_fast.bench.report", description="Benchmark rows as tables.")
+    parser = argparse.ArgumentParser(
+        prog="python -m omnigene_fast.bench.report", description="Benchmark rows as tables."
+    )
     parser.add_argument("file", nargs="?", type=Path, help="rows to print")
     parser.add_argument("--readme", type=Path, help="rewrite the tables of this file from bench/results")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """Measures providers side by side: checked first, then in interleaved rounds A B C A B C ..., in a fixed order.
 
-Bandwidth and peak are probed before, between (every `PROBE_EVERY` seconds) and after the rounds of a case; the floor uses
-the medians. Providers run in the order of their list, which is the order of the rows; within a round each takes another
-draw, so that none finds its expert weights in the cache because the one before it has just read them, and over
+Bandwidth and peak are probed before, between (every `PROBE_EVERY` seconds) and after the rounds of a case; the floor
+uses the medians. Providers run in the order of their list, which is the order of the rows; within a round each takes
+another draw, so that none finds its expert weights in the cache because the one before it has just read them, and over
 the rounds all see the same draws. The router's projection is one of many equal copies, more than the cache holds.
 """
 
@@ -77,6 +77,7 @@ def run(
     environment: Row,
     progress: Callable[[str], None] = lambda case: None,
     extra: Callable[[str, Layer], list[Provider]] | None = None,
+    probe: Probe | None = None,
 ) -> list[Row]:
     """Measure every case.
 
@@ -85,6 +86,7 @@ def run(
         environment: fields copied into each row (device, versions, date).
         progress: called with a case's name before it is measured.
         extra: more providers for (op, layer): tests pass a wrong one.
+        probe: of bandwidth and peak; tests pass a constant one.
 
     Returns:
         one row per case and provider; see `_row`.
@@ -94,7 +96,7 @@ def run(
     """
     need_memory(settings.shape, settings.dtype, settings.device)
     layer = Layer(settings.shape, settings.dtype, settings.device)
-    probe = Probe(settings.device, settings.dtype)
+    probe = probe or Probe(settings.device, settings.dtype)
     rows: list[Row] = []
     with torch.no_grad():
         for op, mode, tokens in settings.cases():
@@ -153,7 +155,7 @@ def measure(
         "probe": probe.kind,
         "eager_error": _digits(max(eager.values())),
     }
-    rows = [
+    rows: list[Row] = [
         case | _row(provider.name, status[provider.name], error.get(provider.name), times.get(provider.name), floor)
         for provider in built
     ]

@@ -5,7 +5,8 @@ fixed sample, so that the modes have these statistics (E = 128, K = 8):
 
     uniform   every expert equally likely, 128 effective experts
     natural   62 effective experts, as natural language in Gemma-4
-    protein   three experts each take 99.9 % of the tokens, the other five picks spread: 12.6 effective experts, as protein
+    protein   three experts each take 99.9 % of the tokens, the other five picks spread: 12.6 effective experts, as
+              protein sequences
 
 Effective experts are exp(entropy in nats) of the experts' share of all picks.
 """
@@ -26,6 +27,7 @@ EPS = 1e-6  # rms_norm_eps of Gemma-4
 MARGIN = 0.06
 ALONG = 0.5  # cosine between a hidden state and the direction that carries the biases
 ACROSS = (1 - ALONG**2) ** 0.5
+LOWEST = -5.0  # bias of an expert that is hardly ever visited; bounded, so that bf16 logits stay fine-grained
 _CALIBRATION_TOKENS = 4096
 
 
@@ -151,22 +153,26 @@ def routing_bias(mode: str, E: int, K: int) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     noise = torch.randn(_CALIBRATION_TOKENS, E, generator=generator)
     order = torch.randperm(E, generator=generator)
-    quantiles = torch.special.ndtri((torch.arange(E) + 0.5) / E)[order]
+    steps = torch.linspace(0, -1, E)[order]
     giants = order[:GIANTS] if mode == "protein" and K > GIANTS else order[:0]
 
     def at_spread(spread: float) -> Tensor:
-        bias = spread * quantiles
-        bias[giants] = 100.0
+        bias = (spread * steps).clamp_min(LOWEST)
+        bias[giants] = -2 * LOWEST
         return bias
 
-    bias = at_spread(_bisect(lambda spread: -effective_experts(_picks(noise, at_spread(spread), K)), -EFFECTIVE[mode] * E))
+    def concentration(spread: float) -> float:
+        return -effective_experts(_picks(noise, at_spread(spread), K))
+
+    steepest = -LOWEST * (E - 1) / K  # beyond it fewer than K experts are above the lowest
+    bias = at_spread(_bisect(concentration, -EFFECTIVE[mode] * E, steepest))
     for giant in giants.tolist():
 
         def share(offset: float, giant: int = giant) -> float:
             bias[giant] = offset
             return (_picks(noise, bias, K) == giant).any(-1).double().mean().item()
 
-        bias[giant] = _bisect(share, GIANT_SHARE)
+        bias[giant] = _bisect(share, GIANT_SHARE, -2 * LOWEST)
     return bias
 
 
@@ -181,7 +187,8 @@ def _picks(noise: Tensor, bias: Tensor, K: int) -> Tensor:
     return (noise + bias).topk(K, dim=-1).indices
 
 
-def _bisect(rising: Callable[[float], float], target: float, low: float = 0.0, high: float = 40.0) -> float:
+def _bisect(rising: Callable[[float], float], target: float, high: float) -> float:
+    low = 0.0
     for _ in range(18):
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) < target else (low, middle)

@@ -85,7 +85,9 @@ def demo(path: str | None, device: str, threads: int | None, true_shape: bool) -
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's choice by default.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:N].")
 @click.option("--backend", default="auto", show_default=True, help="auto, cpu, triton or reference: which of ours.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON rows; the plot goes beside it.  [default: ./DEVICE.json]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="JSON rows; the plot goes beside it.  [default: ./DEVICE.json]"
+)
 @sentence
 def bench(
     quick: bool,
@@ -110,7 +112,7 @@ def bench(
       omnigene-fast bench --quick
       omnigene-fast bench --op experts --tokens 1,16 --modes uniform --out rows.json
     """
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     from . import info as information
     from .bench import plot, report, runner
@@ -130,7 +132,9 @@ def bench(
         seconds=seconds if seconds is not None else 1.0 if quick else 6.0,
         min_rounds=4 if quick else 7,
     )
-    out = out or Path(f"{information.slug(torch_device)}.json")
+    out = out or Path()
+    if out.is_dir():
+        out /= f"{information.slug(torch_device)}.json"
     if not out.parent.is_dir():
         raise ValueError(f"--out: expected a file in an existing directory, got {out}.")
     environment = information.environment(torch_device, settings.dtype, backend)

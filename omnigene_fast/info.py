@@ -66,7 +66,9 @@ def cpu_name() -> str:
             fields[key.strip()] = value.strip()
     except OSError:
         pass
-    name = re.sub(r"\s+\d+-Core Processor", "", fields.get("model name", "") or platform.processor() or platform.machine())
+    name = re.sub(
+        r"\s+\d+-Core Processor", "", fields.get("model name", "") or platform.processor() or platform.machine()
+    )
     family = fields.get("cpu family") if fields.get("vendor_id") == "AuthenticAMD" else None
     if family == "25":
         return f"{name} (Zen 4)" if "avx512f" in fields.get("flags", "") else f"{name} (Zen 3)"

@@ -10,7 +10,9 @@ from .model import Size, load_checkpoint, load_texts, small_model
 __all__ = ["Size", "run"]
 
 
-def run(device: torch.device, checkpoint: Path | None = None, *, true_shape: bool = True, size: Size | None = None) -> None:
+def run(
+    device: torch.device, checkpoint: Path | None = None, *, true_shape: bool = True, size: Size | None = None
+) -> None:
     """Print parity per layer, the experts each family prefers, tokens/s, and one layer at the true shape.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 import omnigene_fast
 from omnigene_fast.bench.floors import synchronize
@@ -86,7 +86,8 @@ def parity(model: Any, batch: Batch) -> str:
         print("  layer  attention   relative difference   same top-k set")
         worst = 0.0
         for layer in range(len(stock.hidden)):
-            worst = max(worst, difference := _error(ours.hidden[layer], stock.hidden[layer]))
+            difference = _error(ours.hidden[layer], stock.hidden[layer])
+            worst = max(worst, difference)
             same = _same(ours.index[layer], stock.index[layer])
             print(f"  {layer:>5}  {kinds[layer].split('_')[0]:<9} {difference:>21.1e} {same:>16.1%}")
         print(flush=True)
@@ -99,13 +100,13 @@ def parity(model: Any, batch: Batch) -> str:
     )
     pairs = []
     for layer in range(len(truth.hidden)):
-        errors = [_error(run.hidden[layer], truth.hidden[layer]) for run in (stock, ours)]
-        same = [_same(run.index[layer], truth.index[layer]) for run in (stock, ours)]
+        error = [_error(run.hidden[layer], truth.hidden[layer]) for run in (stock, ours)]
+        sets = [_same(run.index[layer], truth.index[layer]) for run in (stock, ours)]
         both = _same(ours.index[layer], stock.index[layer])
-        pairs.append(errors)
+        pairs.append(error)
         print(
-            f"  {layer:>5}  {kinds[layer].split('_')[0]:<9} {errors[0]:>10.2e} {errors[1]:>13.2e}"
-            f" {same[0]:>10.1%} {same[1]:>13.1%} {both:>13.1%}"
+            f"  {layer:>5}  {kinds[layer].split('_')[0]:<9} {error[0]:>10.2e} {error[1]:>13.2e}"
+            f" {sets[0]:>10.1%} {sets[1]:>13.1%} {both:>13.1%}"
         )
     print("\n  bfloat16 rounding flips near-ties between experts; from there on a token's states differ.\n", flush=True)
     ratio = max(mine / theirs for theirs, mine in pairs)
@@ -141,7 +142,9 @@ def preferences(model: Any, batches: list[Batch], families: list[str], *, random
         picks = "   ".join(f"e{e:<3} {visits[row, e]:>4.0%} ({lift[row, e]:.1f}x)" for e in top)
         print(f"  {name:<18}{tokens[row]:>7.0f}{effective[-1]:>11.1f}   {picks}")
     if random_weights:
-        print("\n  The weights are random: this shows that routing follows the tokens, not what a trained model learned.")
+        print(
+            "\n  The weights are random: this shows that routing follows the tokens, not what a trained model learned."
+        )
     print(flush=True)
     return f"routing: {min(effective):.0f} to {max(effective):.0f} effective experts of {experts} per family"
 

@@ -1,7 +1,7 @@
 """One MoE layer's experts at Gemma-4-26B-A4B's true shape, against transformers' own paths."""
 
 import torch
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from omnigene_fast import info
 from omnigene_fast.bench import report, runner
@@ -65,9 +65,11 @@ def true_shape(device: torch.device, settings: runner.Settings | None = None) ->
     )
     if not all(gains):
         return "true shape: omnigene_fast gave WRONG numbers or did not run"
-    return "true shape: " + ", ".join(
-        f"{gain:.1f}x at T={tokens}" for gain, tokens in zip(gains, settings.tokens, strict=True)
-    ) + " against transformers' best path"
+    return (
+        "true shape: "
+        + ", ".join(f"{gain:.1f}x at T={tokens}" for gain, tokens in zip(gains, settings.tokens, strict=True))
+        + " against transformers' best path"
+    )
 
 
 def _cell(row: runner.Row) -> str:

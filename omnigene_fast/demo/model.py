@@ -94,9 +94,9 @@ def small_model(size: Size, device: torch.device, seed: int = 0) -> tuple[Any, E
     model = model.to(device, torch.bfloat16).eval()
     kinds = config.layer_types or []
     title = (
-        f"model: Gemma4ForCausalLM with random weights (seed {seed}), {_millions(model)} in bfloat16: {size.layers} layers"
-        f" ({kinds.count('sliding_attention')} sliding, {kinds.count('full_attention')} full attention), H={size.H},"
-        f" I={size.I}, E={size.E}, K={size.K}, a dense MLP beside the experts; tokens are bytes"
+        f"model: Gemma4ForCausalLM with random weights (seed {seed}), {_millions(model)} in bfloat16:"
+        f" {size.layers} layers ({kinds.count('sliding_attention')} sliding, {kinds.count('full_attention')} full"
+        f" attention), H={size.H}, I={size.I}, E={size.E}, K={size.K}, a dense MLP beside the experts; tokens are bytes"
     )
     return model, encode_bytes, title
 

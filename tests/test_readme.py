@@ -1,0 +1,61 @@
+"""The README's tables are those of the committed rows, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from omnigene_fast.bench import report
+from omnigene_fast.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def test_tables_are_generated_from_committed_rows():
+    assert README.read_text() == report.rewrite(README), "run `make tables`"
+
+
+def test_a_changed_table_is_noticed(tmp_path):
+    changed = tmp_path / "README.md"
+    changed.write_text(README.read_text().replace(report.END, "| made up | 9x |\n\n" + report.END))
+    assert changed.read_text() != report.rewrite(changed)
+
+
+def test_missing_markers_are_an_error(tmp_path):
+    bare = tmp_path / "README.md"
+    bare.write_text("no tables")
+    with pytest.raises(ValueError, match="markers"):
+        report.rewrite(bare)
+
+
+def test_commands_exist():
+    text = README.read_text()
+    for verb in re.findall(r"`omnigene-fast (\w+)", text):
+        assert verb in main.commands
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake (\w+)\s+#", text) + re.findall(r"`make (\w+)`", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_paths_in_the_layout_exist():
+    for name in re.findall(r"^([\w./]+/)\s{2,}", README.read_text(), re.MULTILINE):
+        assert (ROOT / name).is_dir(), name
+
+
+def test_example_is_valid_python():
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    compile(example, "README.md", "exec")
+    assert len(example.splitlines()) <= 10
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.name)
+def test_committed_rows_carry_their_origin(path):
+    for row in report.load(path):
+        for field in ("device", "threads", "versions", "date", "provider", "op", "mode", "tokens", "dtype", "status"):
+            assert row[field] not in (None, ""), field
+        assert {"python", "torch", "transformers", "omnigene_fast"} <= row["versions"].keys()
+        assert row["status"] in ("ok", "wrong", "failed", "skipped", "missing")
+        if row["status"] == "ok":
+            assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+            assert row["floor_ms"] > 0
