@@ -146,7 +146,7 @@ def _record_experts(recorder: Recorder, arch: int) -> None:
 
 def _record_ones(recorder: Recorder, arch: int) -> None:
     """Every size is 1, which Triton turns into a constant."""
-    recorder.context = {"what": "all sizes 1"}
+    recorder.context = {"what": "all sizes 1", "aligned": False}
     choice = tiles.expert_tiles(1, 1, torch.bfloat16, arch, aligned=False)
     dispatch = launch_dispatch_fwd(_meta(1, 1, dtype=torch.int64), 1, choice.up.block_m)
     h = launch_expert_up_fwd(_meta(1, 1), _meta(1, 2, 1), dispatch, "gelu_tanh", choice.up)
@@ -221,6 +221,7 @@ def build(job: dict) -> dict:
         "shared": compiled.metadata.shared,
         "shared_limit": tiles.shared_limit(job["arch"]),
         "tensor_core": next((name for name, text in TENSOR_CORE.items() if text in ptx), ""),
+        "aligned": job.get("aligned", True),
         "gemm_rows": job.get("gemm_rows", 0),
         "wide_copies": len(re.findall(r"cp\.async\.\w+\.shared\.global[^\n]* 0x10,", ptx)),
         "narrow_products": len(re.findall(r"arith\.muli .*: tensor<[0-9x]*xi32>", compiled.asm["ttir"])),
@@ -246,7 +247,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows))
         return
-    columns = [name for name in rows[0] if name not in ("gemm_rows", "shared_limit")]
+    columns = [name for name in rows[0] if name not in ("aligned", "gemm_rows", "shared_limit")]
     widths = [max(len(str(row[name])) for row in [*rows, {name: name}]) for name in columns]
     for row in [dict(zip(columns, columns, strict=True)), *rows]:
         print("  ".join(str(row[name]).ljust(width) for name, width in zip(columns, widths, strict=True)))
