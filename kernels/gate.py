@@ -319,6 +319,7 @@ def launch_topk_gate_fwd(logits: Tensor, per_expert_scale: Tensor, top_k: int) -
 
 
 def _project(hidden: Tensor, proj_weight: Tensor, scale: Tensor, eps: float, numerics: str) -> Tensor:
+    """Logits [T, E] by torch's GEMM; in float32 torch's own setting decides over TF32, as in the stock router."""
     T, H = hidden.shape
     dtype = hidden.dtype if numerics == "hf" else torch.float32
     scaled = torch.empty((T, H), dtype=dtype, device=hidden.device)
