@@ -49,8 +49,8 @@ _HALF = {
     128: ((64, 64, 8), (128, 64, 8)),
 }
 # At 128 rows on Hopper and datacentre Blackwell the tensor cores read their operands from shared memory: a dot 64
-# columns wide takes all of its 128 bytes per clock and leaves none for filling it. Twice the width takes three quarters,
-# which by this count (not by measurement) pays for a last column tile that is half empty.
+# columns wide takes all of its 128 bytes per clock and leaves none for filling it. Twice the width takes three
+# quarters, which by this count (not by measurement) pays for a last column tile that is half empty.
 _HALF_WIDE = ((128, 64, 8), (256, 64, 8))
 _WIDE_ARCHES = (90, 100, 103)
 _WIDE_PADDING = 1.125
