@@ -91,17 +91,16 @@ def test_logits_parity_rejects(mistake):
 
 
 def test_numerics_and_backend_reach_the_operators(monkeypatch):
-    seen = []
-    monkeypatch.setattr(ops, "route", _recording(ops.route, seen))
-    monkeypatch.setattr(ops, "expert_mlp", _recording(ops.expert_mlp, seen))
+    routes, experts = [], []
+    monkeypatch.setattr(ops, "route", _recording(ops.route, routes))
+    monkeypatch.setattr(ops, "expert_mlp", _recording(ops.expert_mlp, experts))
     model = accelerate(helpers.gemma4(torch.bfloat16), numerics="fp32", backend="reference")
     fp32 = logits(model)
-    assert {kwargs.get("numerics", "fp32") for kwargs in seen} == {"fp32"}
-    assert {kwargs["backend"] for kwargs in seen} == {"reference"}
-    seen.clear()
-    hf = logits(accelerate(model))  # a second call updates the options
-    assert {kwargs.get("numerics", "hf") for kwargs in seen} == {"hf"}
-    assert {kwargs["backend"] for kwargs in seen} == {"auto"}
+    hf = logits(accelerate(model, backend="reference"))  # a second call updates the options
+    assert [kwargs["numerics"] for kwargs in routes] == ["fp32"] * 3 + ["hf"] * 3
+    logits(accelerate(model))
+    for seen in (routes, experts):
+        assert [kwargs["backend"] for kwargs in seen] == ["reference"] * 6 + ["auto"] * 3
     assert not torch.equal(hf, fp32)
 
 
