@@ -136,7 +136,7 @@ def _device(path: Path) -> str:
     peaks = sorted(row["peak_gflop_s"] for row in rows)
     middle = len(rows) // 2
     parts = [
-        f"#### {first['device']}, {first['threads']} threads"
+        f"### {first['device']}, {first['threads']} threads"
         + (f", {first['isa']} kernels" if first["isa"] else f", {first['backend']} kernels"),
         f"Measured {first['date']} with torch {versions['torch']}, transformers {versions['transformers']}, Python"
         f" {versions['python']}: E={E}, K={K}, H={H}, I={I}, {first['dtype']}. Probed in the same process:"
