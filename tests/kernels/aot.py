@@ -127,7 +127,7 @@ def _record_experts(recorder: Recorder, arch: int) -> None:
     configs = tiles.all_configs(arch)
     for config in configs:
         experts(*config)
-        if config[0] == torch.bfloat16 and config[1]:
+        if config[2].up.block_m == 128:
             experts(*config, h=H + 16, i=I + 16)
     widest = max((choice for _, _, choice in configs), key=lambda choice: (choice.up.block_m, choice.up.block_n))
     experts(torch.bfloat16, True, widest, activation="gelu")
