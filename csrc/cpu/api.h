@@ -71,8 +71,8 @@ const Kernels* avx512_bf16_kernels();
 // The table for this machine, or the one named by OMNIGENE_FAST_CPU_ISA.
 const Kernels& kernels();
 
-// Bytes/s of a read-only stream over a buffer far larger than the last-level cache.
-double probe_bandwidth(double seconds, int threads);
+// Bytes/s of a read-only stream over a buffer, which should be far larger than the last-level cache; the best pass.
+double probe_bandwidth(const void* buffer, size_t bytes, double seconds, int threads);
 
 // Memory owned by the calling thread and kept from call to call, 64-byte aligned, contents undefined. It lives here
 // and not in the per-instruction-set files, so that nothing compiled for AVX-512 is shared with the other sets.

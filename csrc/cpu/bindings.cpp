@@ -62,9 +62,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("expert_mlp", &expert_mlp);
   m.def("route", &route);
   m.def("topk_gate", &topk_gate);
-  m.def("probe_bandwidth", [](double seconds, int threads) {
+  m.def("probe_bandwidth", [](uintptr_t buffer, size_t bytes, double seconds, int threads) {
     py::gil_scoped_release release;
-    return probe_bandwidth(seconds, threads);
+    return probe_bandwidth(at<const void>(buffer), bytes, seconds, threads);
   });
   m.def("probe_peak", [](int dtype, double seconds, int threads) {
     py::gil_scoped_release release;

@@ -75,29 +75,26 @@ void trim_scratch() {
     }
 }
 
-double probe_bandwidth(double seconds, int threads) {
-  const size_t words = (size_t(1) << 30) / 8;  // 1 GiB
-  uint64_t* buffer = static_cast<uint64_t*>(std::aligned_alloc(4096, words * 8));
-  if (!buffer) throw std::bad_alloc();
+double probe_bandwidth(const void* buffer, size_t bytes, double seconds, int threads) {
+  const size_t lines = bytes / 64;
   double best = 0;
   uint64_t sink = 0;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (size_t i = 0; i < words; ++i) buffer[i] = i * 0x9e3779b97f4a7c15ull;
   const double end = omp_get_wtime() + seconds;
-  do {  // at least one pass; the best one is the ceiling
+  do {
     const double start = omp_get_wtime();
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(^ : sink)
-    for (size_t line = 0; line < words / 8; ++line) {
-      const uint64_t* p = buffer + line * 8;
-      __builtin_prefetch(p + 512);
-      sink ^= p[0] ^ p[1] ^ p[2] ^ p[3] ^ p[4] ^ p[5] ^ p[6] ^ p[7];
+    for (size_t line = 0; line < lines; ++line) {
+      const char* address = static_cast<const char*>(buffer) + line * 64;
+      uint64_t w[8];
+      
+      std::memcpy(w, address, 64);
+      sink ^= w[0] ^ w[1] ^ w[2] ^ w[3] ^ w[4] ^ w[5] ^ w[6] ^ w[7];
     }
-    const double rate = double(words * 8) / (omp_get_wtime() - start);
+    const double rate = double(lines * 64) / (omp_get_wtime() - start);
     best = rate > best ? rate : best;
   } while (omp_get_wtime() < end);
   volatile uint64_t keep = sink;
   (void)keep;
-  std::free(buffer);
   return best;
 }
 

@@ -29,8 +29,8 @@ constexpr int max_pass() {  // what keeps the packed tokens of a pass in the sec
   return M::PAIRS || W == 8 ? MAX_TOKENS : MAX_TOKENS / 2;
 }
 
-constexpr int64_t UP_BLOCKS = 8;     // blocks of 8 gate and 8 up rows in a task
-constexpr int64_t DOWN_BLOCKS = 16;  // blocks of 16 rows in a task
+constexpr int64_t UP_BLOCKS = 2;    // blocks of HALF gate and HALF up rows in a task
+constexpr int64_t DOWN_BLOCKS = 4;  // blocks of ROWS rows in a task
 
 // The single tokens and panels of a pass inside h.
 template <class M>
@@ -55,7 +55,7 @@ struct HiddenLayout {
   }
 };
 
-// act(gate) * up for 8 rows beginning at i0, written into h.
+// act(gate) * up for up to HALF rows beginning at i0, written into h.
 template <class M, int A>
 inline void store_gated(const Tokens<M>& h, const Block& block, int64_t i0, int64_t I, int64_t units) {
   const Split& s = h.split;
@@ -79,31 +79,34 @@ inline void store_gated(const Tokens<M>& h, const Block& block, int64_t i0, int6
     }
     first += vectors * W;
   }
+  const int64_t live = I - i0 < HALF ? I - i0 : HALF;
   for (int n = 0; n < s.single; ++n) {
-    float gate[W] = {}, up[W] = {};
-    std::memcpy(gate, block.d + n * ROWS, HALF * sizeof(float));
-    std::memcpy(up, block.d + n * ROWS + HALF, HALF * sizeof(float));
-    typename M::Activation y[W];
-    store_rounded(y, activate<A>(vload(gate)) * vload(up));
-    const int64_t live = I - i0 < HALF ? I - i0 : HALF;
+    typename M::Activation y[HALF];
+    const float* gate = block.d + n * ROWS;
+    for (int j = 0; j < live; j += W)
+      store_rounded(y + j, activate<A>(vload(gate + j)) * vload(gate + HALF + j));
     std::memcpy(const_cast<typename M::Activation*>(h.row[n]) + i0, y, live * sizeof(y[0]));
   }
 }
 
-// The 16 columns of a block into the rows of y that belong to the pass's picks.
+// The columns of a block, two runs of `half`, into the rows of y that belong to the pass's picks.
 template <class M>
-inline void store_down(const Split& s, const Block& block, const int64_t* picks, int n, float* y, int64_t columns) {
+inline void store_down(const Split& s, const Block& block, int half, const int64_t* picks, int n, float* y,
+                       int64_t columns) {
   const int in_lanes = n - s.single;
-  for (int first = 0; first < in_lanes; first += W) {
-    for (int r = 0; r < ROWS; r += W) {
-      VF t[W];
-      for (int i = 0; i < W; ++i) t[i] = vload(block.c + (r + i) * MAX_TOKENS + first);
-      transpose(t);
-      for (int i = 0; i < W && first + i < in_lanes; ++i) vstore(y + picks[first + i] * columns + r, t[i]);
+  for (int run = 0; run < 2; ++run, y += half) {
+    const float *c = block.c + run * HALF * MAX_TOKENS, *d = block.d + run * HALF;
+    for (int first = 0; first < in_lanes; first += W) {
+      for (int r = 0; r < half; r += W) {
+        VF t[W];
+        for (int i = 0; i < W; ++i) t[i] = vload(c + (r + i) * MAX_TOKENS + first);
+        transpose(t);
+        for (int i = 0; i < W && first + i < in_lanes; ++i) vstore(y + picks[first + i] * columns + r, t[i]);
+      }
     }
+    for (int i = 0; i < s.single; ++i)
+      std::memcpy(y + picks[in_lanes + i] * columns, d + i * ROWS, half * sizeof(float));
   }
-  for (int i = 0; i < s.single; ++i)
-    std::memcpy(y + picks[in_lanes + i] * columns, block.d + i * ROWS, ROWS * sizeof(float));
 }
 
 // Rows past the end of a weight: copied beside zeros, so that every tile is whole.
@@ -128,7 +131,7 @@ class ExpertMlp {
     // A slab of columns keeps y near the cores: about 4 MB, at least one task wide.
     const int64_t blocks = ceil_div(g_.H, ROWS);
     int64_t slab_blocks = (int64_t(4) << 20) / (TK * ROWS * 4);
-    slab_blocks = slab_blocks < 4 ? 4 : slab_blocks > blocks ? blocks : slab_blocks;
+    slab_blocks = slab_blocks < 1 ? 1 : slab_blocks > blocks ? blocks : slab_blocks;
     const int64_t slabs = ceil_div(blocks, slab_blocks);
     slab_blocks = ceil_div(blocks, slabs);
     const int64_t columns = slab_blocks * ROWS;
@@ -288,11 +291,12 @@ class ExpertMlp {
       else if (next >= 0) next_a = gate_rows(pass_[next / per_pass].expert) + next % per_pass * UP_BLOCKS * HALF * stride;
       if (next_a) next_u = next_a + I * stride;
       if (I - i0 < HALF) {
-        a = pad_rows(a, stride, I - i0, HALF, g_.H, ws.tail);
-        u = pad_rows(u, stride, I - i0, HALF, g_.H, ws.tail + HALF * g_.H);
-        multiply_block<M>(ws.tokens, a, u, g_.H, nullptr, nullptr, ws.wide, ws.block);
+        const int half = int(round_up(I - i0, 8));
+        a = pad_rows(a, stride, I - i0, half, g_.H, ws.tail);
+        u = pad_rows(u, stride, I - i0, half, g_.H, ws.tail + HALF * g_.H);
+        multiply_block<M>(ws.tokens, a, u, g_.H, half, nullptr, nullptr, ws.wide, ws.block);
       } else {
-        multiply_block<M>(ws.tokens, a, u, stride, next_a, next_u, ws.wide, ws.block);
+        multiply_block<M>(ws.tokens, a, u, stride, HALF, next_a, next_u, ws.wide, ws.block);
       }
       switch (g_.activation) {
         case omnigene::Activation::gelu_tanh: store_gated<M, 0>(h, ws.block, i0, I, layout_.units); break;
@@ -317,14 +321,16 @@ class ExpertMlp {
       if (b + 1 < last) next_a = a + ROWS * stride;
       else if (next >= 0)
         next_a = down_rows(pass_[next / per_pass].expert) + (slab_first + next % per_pass * DOWN_BLOCKS) * ROWS * stride;
+      int half = HALF;
       if (H - n0 < ROWS) {
-        a = pad_rows(a, stride, H - n0, ROWS, g_.I, ws.tail);
-        multiply_block<M>(h, a, a + HALF * g_.I, g_.I, nullptr, nullptr, ws.wide, ws.block);
+        half = int(round_up(ceil_div(H - n0, 2), 16));
+        a = pad_rows(a, stride, H - n0, 2 * half, g_.I, ws.tail);
+        multiply_block<M>(h, a, a + half * g_.I, g_.I, half, nullptr, nullptr, ws.wide, ws.block);
       } else {
-        multiply_block<M>(h, a, a + HALF * stride, stride, next_a, next_a ? next_a + HALF * stride : nullptr, ws.wide,
-                          ws.block);
+        multiply_block<M>(h, a, a + HALF * stride, stride, HALF, next_a, next_a ? next_a + HALF * stride : nullptr,
+                          ws.wide, ws.block);
       }
-      store_down<M>(split, ws.block, order_ + pass.first, pass.n, y + (n0 - slab_first * ROWS), columns);
+      store_down<M>(split, ws.block, half, order_ + pass.first, pass.n, y + (n0 - slab_first * ROWS), columns);
     }
   }
 

@@ -109,7 +109,7 @@ class Route {
     const int64_t tail_bytes = round_up(ROWS * H * int64_t(sizeof(X)), 64);
     const int64_t room_bytes = round_up(round_up(E, W) * 4, 64);
     const int64_t own = x_bytes + panel_bytes + wide_bytes + tail_bytes + room_bytes;
-    const int64_t blocks = ceil_div(E, ROWS), padded = blocks * ROWS;
+    const int64_t blocks = ceil_div(E, 16), padded = blocks * 16;
     const int64_t logit_rows = split_rows ? T : CHUNK * threads;
     char* memory = static_cast<char*>(scratch(0, own * threads));
     float* scale = static_cast<float*>(scratch(1, (H + E) * sizeof(float)));
@@ -201,7 +201,7 @@ class Route {
     }
   }
 
-  // logits[n, e] for the experts of blocks [first, last).
+  // logits[n, e] for the experts of blocks [first, last), 16 experts each.
   void project(Workspace& ws, const Activation* x, int64_t n, int64_t first, int64_t last, float* logits) const {
     if (n == 0) return;
     Tokens<M> tokens;
@@ -219,22 +219,22 @@ class Route {
       from += vectors * W;
     }
     for (int i = 0; i < tokens.split.single; ++i) tokens.row[i] = row[in_lanes + i];
-    for (int64_t b = first; b < last; ++b) {
-      const int64_t e0 = b * ROWS;
+    for (int64_t b = first; b < last; b += ROWS / 16) {
+      const int64_t e0 = b * 16, rows = (last - b < ROWS / 16 ? last - b : ROWS / 16) * 16, live = g_.E - e0;
+      const int half = int(rows / 2);
       const X* w = static_cast<const X*>(g_.proj) + e0 * g_.proj_stride;
       int64_t stride = g_.proj_stride;
-      const X* next = b + 1 < last ? w + ROWS * stride : nullptr;
-      if (g_.E - e0 < ROWS) {
-        w = pad_rows(w, stride, g_.E - e0, ROWS, g_.H, ws.tail);
+      if (live < rows) {
+        w = pad_rows(w, stride, live, rows, g_.H, ws.tail);
         stride = g_.H;
       }
-      if (b + 2 == last && g_.E % ROWS) next = nullptr;
-      multiply_block<M>(tokens, w, w + HALF * stride, stride, next, next ? next + HALF * stride : nullptr, ws.wide,
-                        ws.block);
+      multiply_block<M>(tokens, w, w + half * stride, stride, half, nullptr, nullptr, ws.wide, ws.block);
       for (int i = 0; i < in_lanes; ++i)
-        for (int r = 0; r < ROWS; ++r) logits[i * padded_ + e0 + r] = ws.block.c[r * MAX_TOKENS + i];
+        for (int r = 0; r < rows; ++r)
+          logits[i * padded_ + e0 + r] = ws.block.c[(r < half ? r : HALF + r - half) * MAX_TOKENS + i];
       for (int i = 0; i < tokens.split.single; ++i)
-        std::memcpy(logits + (in_lanes + i) * padded_ + e0, ws.block.d + i * ROWS, ROWS * sizeof(float));
+        for (int r = 0; r < rows; ++r)
+          logits[(in_lanes + i) * padded_ + e0 + r] = ws.block.d[i * ROWS + (r < half ? r : HALF + r - half)];
     }
   }
 

@@ -3,5 +3,5 @@
 #define OMNIGENE_NAME "avx512"
 #define OMNIGENE_WIDTH 16
 #define OMNIGENE_BF16 0
-#define OMNIGENE_DOT_MAX 12
+#define OMNIGENE_DOT_MAX 8
 #include "isa.h"

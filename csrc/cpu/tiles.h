@@ -2,7 +2,7 @@
 // read exactly as transformers stores it: no repacking, no second copy.
 //
 // A weight row is walked in *units* of 4 bytes: one float, or two bf16 that one dot-product instruction multiplies with
-// the two bf16 of a lane. Two kinds of tile share a block of 16 weight rows:
+// the two bf16 of a lane. Two kinds of tile share a block of weight rows:
 //   lane tiles   W tokens side by side in the lanes of a vector ("a panel"), the weight unit broadcast. No reduction
 //                at the end; runs at the multiply-add peak when the lanes are full.
 //   dot tiles    one token at a time, W units of its row against W units of a weight row, lane-wise partial sums
@@ -17,9 +17,11 @@
 namespace omnigene {
 namespace {
 
-constexpr int ROWS = 16;      // weight rows of a block: two runs of 8 (gate and up, or simply neighbours)
-constexpr int HALF = ROWS / 2;
-constexpr int MAX_V = 3;      // vectors of tokens in a lane tile
+constexpr int HALF = 32;          // a block of weight rows is two runs of up to HALF rows: gate and up, or neighbours
+constexpr int ROWS = 2 * HALF;
+constexpr int MAX_V = 3;          // vectors of tokens in a lane tile
+constexpr int MAX_CHUNKS = 2;      // lane tiles side by side in a block
+constexpr int MAX_TOKENS = MAX_CHUNKS * MAX_V * W;
 
 // How elements of type Weight are multiplied. PAIRS: bf16 pairs in hardware; otherwise everything is float32.
 template <class WeightT, bool Pairs>
@@ -52,70 +54,89 @@ INLINE VF broadcast_unit(const char* p) {
 #endif
 }
 
-// Rows of the next block, fetched into the second-level cache a line at a time while this one computes: every weight
-// leaves memory once, at the pace at which it is used. A tile fetches a share of the two runs of rows.
+// The next block's rows, fetched into the second-level cache while this one computes, in address order and at the pace at
+// which weights are used: every weight leaves memory once. The two runs of rows are fetched side by side; a tile
+// fetches its share of their lines, so many at each step.
 struct Prefetch {
   const char *a = nullptr, *b = nullptr;
-  int rows_a = 0, rows_b = 0;
-  int64_t stride = 0;  // bytes
-  INLINE void line(int64_t offset) const {
-    const char* p = a + offset;
-    for (int r = 0; r < rows_a; ++r, p += stride) __builtin_prefetch(p, 0, 2);
-    p = b + offset;
-    for (int r = 0; r < rows_b; ++r, p += stride) __builtin_prefetch(p, 0, 2);
+  int64_t lines = 0;  // of each run
+  int64_t per_step = 0;
+  INLINE void step() {
+    const int64_t n = per_step < lines ? per_step : lines;
+    for (int64_t i = 0; i < n; ++i) {
+      __builtin_prefetch(a + i * 64, 0, 2);
+      __builtin_prefetch(b + i * 64, 0, 2);
+    }
+    a += n * 64;
+    b += n * 64;
+    lines -= n;
   }
 };
 
-// Rows [0, R/2) at `a`, rows [R/2, R) at `b`; `stride` in bytes; `unit_bytes` of stored weight go into a unit (2 when a
-// 16-bit weight was widened). c[r * c_stride + v * W ...] receives the sums.
+// Rows [0, R/2) at `a`, rows [R/2, R) at `b`; `stride` in bytes. The sums go to ca and cb, MAX_TOKENS apart from row to
+// row.
 template <bool PAIRS, int V, int R>
 inline __attribute__((noinline)) void lane_tile(const char* a, const char* b, int64_t stride, const float* panel,
-                                                int64_t units, bool odd, float* c, int c_stride, Prefetch next,
-                                                int unit_bytes) {
-  VF acc[R][V] = {};
+                                                int64_t units, bool odd, float* ca, float* cb, Prefetch next) {
   const int64_t stride3 = 3 * stride;
   // Four rows hang on one pointer: [p], [p + s], [p + 2s], [p + 3s] keep the addresses in few registers.
   constexpr int QUADS = R >= 8 ? R / 4 : 2, PER_QUAD = R / QUADS;
   const char* p[QUADS];
   for (int q = 0; q < QUADS; ++q)
     p[q] = q < QUADS / 2 ? a + q * PER_QUAD * stride : b + (q - QUADS / 2) * PER_QUAD * stride;
-  auto step = [&](const char* const* at, const float* x, int64_t offset) INLINE_LAMBDA {
+  VF acc[R][V];
+  auto step = [&](const float* x, int64_t offset) INLINE_LAMBDA {
     VF xv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) xv[v] = vload(x + v * W);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const char* quad = at[r / PER_QUAD] + offset;
+      const char* quad = p[r / PER_QUAD] + offset;
       const int i = r % PER_QUAD;
       const VF w = broadcast_unit(i == 0 ? quad : i == 1 ? quad + stride : i == 2 ? quad + 2 * stride : quad + stride3);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[r][v] = multiply_add<PAIRS>(acc[r][v], xv[v], w);
     }
   };
-  const int64_t full = units - odd;
-  int64_t u = 0;
-  for (; u + 16 <= full; u += 16) {  // one cache line of each weight row
-    next.line(u * unit_bytes);
+  // One long float32 sum of H products loses two bits against a sum of shorter ones; bf16 inputs cannot tell.
+  const int64_t segment = PAIRS ? units : 256;
+  for (int64_t u = 0; u < units;) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int i = 0; i < 16; ++i) step(p, panel + (u + i) * V * W, (u + i) * 4);
-  }
-  if (u < units) next.line(u * unit_bytes);
-  for (; u < full; ++u) step(p, panel + u * V * W, u * 4);
-  if (odd) {  // the last bf16 has no partner: the next two bytes belong to somebody else
+      for (int v = 0; v < V; ++v) acc[r][v] = VF{};
+    const bool first = u == 0;
+    const int64_t end = units - u < segment ? units : u + segment, full = end == units ? end - odd : end;
+    for (; u + 16 <= full; u += 16) {  // one cache line of each weight row
+      next.step();
+      // More streams than the hardware follows: the line after next of each row comes into the first-level cache.
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+        __builtin_prefetch(p[r / PER_QUAD] + (r % PER_QUAD) * stride + u * 4 + 128, 0, 3);
+#pragma GCC unroll 4
+      for (int i = 0; i < 16; ++i) step(panel + (u + i) * V * W, (u + i) * 4);
+    }
+    if (u < end) next.step();
+    for (; u < full; ++u) step(panel + u * V * W, u * 4);
+    if (u < end) {  // odd: the last bf16 has no partner, the next two bytes belong to somebody else
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        uint16_t bits;
+        std::memcpy(&bits, p[r / PER_QUAD] + (r % PER_QUAD) * stride + u * 4, 2);
+        const uint32_t unit = bits;
+        const VF w = broadcast_unit(reinterpret_cast<const char*>(&unit));
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[r][v] = multiply_add<PAIRS>(acc[r][v], vload(panel + (u * V + v) * W), w);
+      }
+      ++u;
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      uint16_t bits;
-      std::memcpy(&bits, p[r / PER_QUAD] + (r % PER_QUAD) * stride + u * 4, 2);
-      const uint32_t unit = bits;
-      const VF w = broadcast_unit(reinterpret_cast<const char*>(&unit));
+      float* c = r < R / 2 ? ca + r * MAX_TOKENS : cb + (r - R / 2) * MAX_TOKENS;
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = multiply_add<PAIRS>(acc[r][v], vload(panel + (u * V + v) * W), w);
+      for (int v = 0; v < V; ++v) vstore(c + v * W, first ? acc[r][v] : vload(c + v * W) + acc[r][v]);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) vstore(c + r * c_stride + v * W, acc[r][v]);
 }
 
 template <class M>
@@ -149,7 +170,7 @@ inline __attribute__((noinline)) void dot_tile(const typename M::Weight* w, int6
   };
   int64_t k = 0;
   for (; k + STEP <= count; k += STEP) {
-    next.line(k * int64_t(sizeof(Weight)));
+    next.step();
     step([&](int r) INLINE_LAMBDA { return w + r * stride + k; }, [&](int n) INLINE_LAMBDA { return x[n] + k; });
   }
   if (k < count) {  // the rest, padded with zeros
@@ -157,7 +178,7 @@ inline __attribute__((noinline)) void dot_tile(const typename M::Weight* w, int6
     Activation xt[N][STEP] = {};
     for (int r = 0; r < R; ++r) std::memcpy(wt[r], w + r * stride + k, (count - k) * sizeof(Weight));
     for (int n = 0; n < N; ++n) std::memcpy(xt[n], x[n] + k, (count - k) * sizeof(Activation));
-    next.line(k * int64_t(sizeof(Weight)));
+    next.step();
     step([&](int r) INLINE_LAMBDA { return wt[r]; }, [&](int n) INLINE_LAMBDA { return xt[n]; });
   }
   float sums[32];
@@ -201,9 +222,6 @@ inline void pack_panel(const X* const* rows, int n, int V, int64_t count, float*
 }
 
 // The tokens that one block of weight rows meets: up to two panels in lanes, and up to DOT_MAX single rows.
-constexpr int MAX_CHUNKS = 2;
-constexpr int MAX_LANES = MAX_CHUNKS * MAX_V;  // vectors
-constexpr int MAX_TOKENS = MAX_LANES * W;
 constexpr int DOT_MAX = OMNIGENE_DOT_MAX;  // a remainder up to this is cheaper row by row than in padded lanes
 constexpr int DOT_TOKENS = W == 16 ? 6 : 3;
 
@@ -227,15 +245,6 @@ struct Split {
   int dot_groups() const { return (single + DOT_TOKENS - 1) / DOT_TOKENS; }
   int dot_first(int group) const { return single * group / dot_groups(); }
   int dot_take(int group) const { return dot_first(group + 1) - dot_first(group); }
-  int tiles() const {
-    int n = 0;
-    for (int i = 0; i < chunks(); ++i) {
-      const int v = vectors(i);
-      n += ROWS / (v == 1 ? LANE_ROWS<1> : v == 2 ? LANE_ROWS<2> : LANE_ROWS<3>);
-    }
-    for (int g = 0; g < dot_groups(); ++g) n += ROWS / dot_rows(dot_take(g));
-    return n;
-  }
 };
 
 template <class M>
@@ -246,111 +255,103 @@ struct Tokens {
   const typename M::Activation* row[DOT_MAX];     // the single tokens
 };
 
-// Results of a block: c[row][lane token], d[single token][row].
+// Results of a block: c[row][lane token], d[single token][row]; the second run's rows begin at HALF.
 struct Block {
   alignas(64) float c[ROWS * MAX_TOKENS];
   alignas(64) float d[DOT_MAX * ROWS];
 };
 
-// Deals the next block's 16 rows out to this block's tiles.
+// Deals the lines of the next block's rows out to this block's tiles.
 class PrefetchDealer {
  public:
-  PrefetchDealer(const void* a, const void* b, int64_t stride, int tiles)
-      : a_(static_cast<const char*>(a)), b_(static_cast<const char*>(b)), stride_(stride), tiles_(tiles) {}
-  Prefetch deal() {
-    Prefetch p;
-    if (!a_) return p;
-    const int first = ROWS * tile_ / tiles_, last = ROWS * (tile_ + 1) / tiles_;
+  // a and b begin runs of `bytes`, or are null
+  PrefetchDealer(const void* a, const void* b, int64_t bytes, int tiles)
+      : a_(static_cast<const char*>(a)), b_(static_cast<const char*>(b)), lines_(a ? bytes / 64 : 0), tiles_(tiles) {}
+  Prefetch deal(int64_t steps) {
+    const int64_t first = lines_ * tile_ / tiles_, last = lines_ * (tile_ + 1) / tiles_;
     ++tile_;
-    p.stride = stride_;
-    if (first < HALF) {
-      p.a = a_ + first * stride_;
-      p.rows_a = (last < HALF ? last : HALF) - first;
-    }
-    if (last > HALF) {
-      const int from = first > HALF ? first : HALF;
-      p.b = b_ + (from - HALF) * stride_;
-      p.rows_b = last - from;
-    }
-    return p;
+    return {a_ + first * 64, b_ + first * 64, last - first, (last - first + steps - 1) / steps};
   }
 
  private:
   const char *a_, *b_;
-  int64_t stride_;
+  int64_t lines_;
   int tiles_, tile_ = 0;
 };
 
 template <bool PAIRS, int V>
-INLINE void lane_block(const char* a, const char* b, int64_t stride, const float* panel, int64_t units, bool odd,
-                       float* c, PrefetchDealer& dealer, int unit_bytes) {
+INLINE void lane_block(const char* a, const char* b, int64_t stride, int half, const float* panel, int64_t units,
+                       bool odd, float* c, PrefetchDealer& dealer) {
   constexpr int R = LANE_ROWS<V>;
-  for (int r = 0; r < HALF; r += R / 2) {
-    float sums[R][V * W];
-    lane_tile<PAIRS, V, R>(a + r * stride, b + r * stride, stride, panel, units, odd, sums[0], V * W, dealer.deal(),
-                           unit_bytes);
-    for (int i = 0; i < R / 2; ++i) {
-      std::memcpy(c + (r + i) * MAX_TOKENS, sums[i], sizeof sums[i]);
-      std::memcpy(c + (HALF + r + i) * MAX_TOKENS, sums[R / 2 + i], sizeof sums[i]);
-    }
-  }
+  for (int r = 0; r < half; r += R / 2)
+    lane_tile<PAIRS, V, R>(a + r * stride, b + r * stride, stride, panel, units, odd, c + r * MAX_TOKENS,
+                           c + (HALF + r) * MAX_TOKENS, dealer.deal((units + 15) / 16));
 }
 
 template <class M, int N>
-INLINE void dot_block(const typename M::Weight* a, const typename M::Weight* b, int64_t stride,
+INLINE void dot_block(const typename M::Weight* a, const typename M::Weight* b, int64_t stride, int half,
                       const typename M::Activation* const* x, int64_t count, float* d, PrefetchDealer& dealer) {
   constexpr int R = dot_rows(N);
-  for (int r = 0; r < HALF; r += R) dot_tile<M, R, N>(a + r * stride, stride, x, count, d + r, dealer.deal());
-  for (int r = 0; r < HALF; r += R) dot_tile<M, R, N>(b + r * stride, stride, x, count, d + HALF + r, dealer.deal());
+  const int64_t steps = (count + W * M::PER_UNIT - 1) / (W * M::PER_UNIT);
+  for (int r = 0; r < half; r += R) dot_tile<M, R, N>(a + r * stride, stride, x, count, d + r, dealer.deal(steps));
+  for (int r = 0; r < half; r += R)
+    dot_tile<M, R, N>(b + r * stride, stride, x, count, d + HALF + r, dealer.deal(steps));
 }
 
-// X W^T for the 16 rows of W that begin at a (8 rows) and b (8 rows), `stride` elements apart. next_a and next_b begin
-// the block that will follow, or are null. `wide` is room for the 16 rows in float, used where Mode::CONVERT.
+// X W^T for two runs of `half` rows (a multiple of 8, at most HALF) of W that begin at a and b, `stride` elements from
+// row to row. next_a and next_b begin the two runs that will follow, or are null. `wide` is room for ROWS rows in float,
+// used where Mode::CONVERT.
 template <class M>
 inline void multiply_block(const Tokens<M>& x, const typename M::Weight* a, const typename M::Weight* b, int64_t stride,
-                           const void* next_a, const void* next_b, float* wide, Block& out) {
+                           int half, const void* next_a, const void* next_b, float* wide, Block& out) {
   using Weight = typename M::Weight;
-  PrefetchDealer dealer(next_a, next_b, stride * int64_t(sizeof(Weight)), x.split.tiles());
-  if (x.split.lanes) {
+  const Split& s = x.split;
+  const int64_t units = (x.count + M::PER_UNIT - 1) / M::PER_UNIT;
+  int tiles = 0;
+  for (int i = 0; i < s.chunks(); ++i) {
+    const int v = s.vectors(i);
+    tiles += 2 * half / (v == 1 ? LANE_ROWS<1> : v == 2 ? LANE_ROWS<2> : LANE_ROWS<3>);
+  }
+  for (int g = 0; g < s.dot_groups(); ++g) tiles += 2 * half / dot_rows(s.dot_take(g));
+  PrefetchDealer dealer(next_a, next_b, half * stride * int64_t(sizeof(Weight)), tiles);
+  if (s.lanes) {
     const char *la = reinterpret_cast<const char*>(a), *lb = reinterpret_cast<const char*>(b);
     int64_t bytes = stride * int64_t(sizeof(Weight));
     if constexpr (M::CONVERT) {
-      for (int r = 0; r < ROWS; ++r) {
-        const Weight* row = r < HALF ? a + r * stride : b + (r - HALF) * stride;
+      for (int r = 0; r < 2 * half; ++r) {
+        const Weight* row = r < half ? a + r * stride : b + (r - half) * stride;
         float* to = wide + r * x.count;
         int64_t k = 0;
         for (; k + W <= x.count; k += W) vstore(to + k, load_as_float(row + k));
         for (; k < x.count; ++k) to[k] = to_float(row[k]);
       }
       la = reinterpret_cast<const char*>(wide);
-      lb = reinterpret_cast<const char*>(wide + HALF * x.count);
+      lb = reinterpret_cast<const char*>(wide + half * x.count);
       bytes = x.count * int64_t(sizeof(float));
     }
-    const int64_t units = (x.count + M::PER_UNIT - 1) / M::PER_UNIT;
     const bool odd = M::PAIRS && x.count % 2;
-    const int unit_bytes = M::PER_UNIT * int(sizeof(Weight));
     int first = 0;
-    for (int i = 0; i < x.split.chunks(); ++i) {
-      const int v = x.split.vectors(i);
+    for (int i = 0; i < s.chunks(); ++i) {
+      const int v = s.vectors(i);
       float* c = out.c + first;
       first += v * W;
-      if (v == 1) lane_block<M::PAIRS, 1>(la, lb, bytes, x.panel[i], units, odd, c, dealer, unit_bytes);
-      else if (v == 2) lane_block<M::PAIRS, 2>(la, lb, bytes, x.panel[i], units, odd, c, dealer, unit_bytes);
-      else lane_block<M::PAIRS, 3>(la, lb, bytes, x.panel[i], units, odd, c, dealer, unit_bytes);
+      if (v == 1) lane_block<M::PAIRS, 1>(la, lb, bytes, half, x.panel[i], units, odd, c, dealer);
+      else if (v == 2) lane_block<M::PAIRS, 2>(la, lb, bytes, half, x.panel[i], units, odd, c, dealer);
+      else lane_block<M::PAIRS, 3>(la, lb, bytes, half, x.panel[i], units, odd, c, dealer);
     }
   }
-  for (int g = 0; g < x.split.dot_groups(); ++g) {
-    const int first = x.split.dot_first(g);
+  for (int g = 0; g < s.dot_groups(); ++g) {
+    const int first = s.dot_first(g);
     const auto* const* row = x.row + first;
     float* d = out.d + first * ROWS;
-    switch (x.split.dot_take(g)) {
-      case 1: dot_block<M, 1>(a, b, stride, row, x.count, d, dealer); break;
-      case 2: dot_block<M, 2>(a, b, stride, row, x.count, d, dealer); break;
-      case 3: dot_block<M, 3>(a, b, stride, row, x.count, d, dealer); break;
+    switch (s.dot_take(g)) {
+      case 1: dot_block<M, 1>(a, b, stride, half, row, x.count, d, dealer); break;
+      case 2: dot_block<M, 2>(a, b, stride, half, row, x.count, d, dealer); break;
+      case 3: dot_block<M, 3>(a, b, stride, half, row, x.count, d, dealer); break;
 #if OMNIGENE_WIDTH == 16
-      case 4: dot_block<M, 4>(a, b, stride, row, x.count, d, dealer); break;
-      case 5: dot_block<M, 5>(a, b, stride, row, x.count, d, dealer); break;
-      case 6: dot_block<M, 6>(a, b, stride, row, x.count, d, dealer); break;
+      case 4: dot_block<M, 4>(a, b, stride, half, row, x.count, d, dealer); break;
+      case 5: dot_block<M, 5>(a, b, stride, half, row, x.count, d, dealer); break;
+      case 6: dot_block<M, 6>(a, b, stride, half, row, x.count, d, dealer); break;
 #endif
     }
   }

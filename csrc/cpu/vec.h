@@ -45,28 +45,16 @@ struct f16 {
 };
 
 INLINE float to_float(float x) { return x; }
-INLINE float to_float(bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
+INLINE float float_of(uint32_t bits) {
   float f;
-  std::memcpy(&f, &bits, 4);
+  std::memcpy(&f, &bits, sizeof f);
   return f;
 }
+INLINE float to_float(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
 INLINE float to_float(f16 x) {
-  uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
-  float f = 0;
-  if (magnitude >= 0x7c00) {  // Inf, NaN
-    magnitude = (magnitude << 13) | 0x7f800000;
-    std::memcpy(&f, &magnitude, 4);
-  } else {  // normal and subnormal alike: place the bits, then scale by 2^112
-    magnitude <<= 13;
-    std::memcpy(&f, &magnitude, 4);
-    f *= 0x1p112f;
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  bits |= sign;
-  std::memcpy(&f, &bits, 4);
-  return f;
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
+  if ((x.bits & 0x7c00) == 0x7c00) return float_of(sign | rest | 0x7f800000);  // Inf, NaN
+  return float_of(sign | rest) * 0x1p112f;  // subnormals come out right as well
 }
 
 INLINE bf16 round_to(float x, bf16*) {

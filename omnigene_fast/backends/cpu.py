@@ -1,6 +1,7 @@
 """The C++ backend: hands pointers to `omnigene_fast._cpu`, which picks its instruction set by CPUID when first used."""
 
 import functools
+import importlib
 from types import ModuleType
 
 import torch
@@ -13,7 +14,7 @@ ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        from omnigene_fast import _cpu
+        _cpu = importlib.import_module("omnigene_fast._cpu")
     except ImportError as error:
         return None, (
             "the C++ module omnigene_fast._cpu was not built or cannot be loaded"
@@ -45,9 +46,17 @@ def isa() -> str:
     return _module().isa()
 
 
-def probe_bandwidth(seconds: float = 0.2) -> float:
-    """Read bandwidth of main memory in GB/s: the best pass over 1 GiB with torch's thread count."""
-    return _module().probe_bandwidth(seconds, torch.get_num_threads()) / 1e9
+def probe_bandwidth(seconds: float = 0.2, buffer: Tensor | None = None) -> float:
+    """Read bandwidth of main memory in GB/s with torch's thread count: the best pass within `seconds`, at least one.
+
+    Args:
+        seconds: how long to repeat.
+        buffer: contiguous CPU tensor to read, far larger than the last-level cache; 1 GiB is allocated if None.
+    """
+    if buffer is None:
+        buffer = torch.ones(2**30, dtype=torch.uint8)
+    size = buffer.numel() * buffer.element_size()
+    return _module().probe_bandwidth(buffer.data_ptr(), size, seconds, torch.get_num_threads()) / 1e9
 
 
 def probe_peak(dtype: str = "bfloat16", seconds: float = 0.1) -> float:
@@ -108,9 +117,10 @@ def expert_mlp(
     out = torch.empty((T, H), dtype=hidden.dtype)
     if T and H:
         _module().expert_mlp(
-            hidden.data_ptr(), hidden.stride(0), gate_up_proj.data_ptr(), gate_up_proj.stride(0), gate_up_proj.stride(1),
-            down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1), index.data_ptr(), weights.data_ptr(),
-            out.data_ptr(), T, K, E, H, I2 // 2, DTYPES[hidden.dtype], ACTIVATIONS[activation], expert_parallel,
+            hidden.data_ptr(), hidden.stride(0), gate_up_proj.data_ptr(), gate_up_proj.stride(0),
+            gate_up_proj.stride(1), down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1), index.data_ptr(),
+            weights.data_ptr(), out.data_ptr(), T, K, E, H, I2 // 2, DTYPES[hidden.dtype], ACTIVATIONS[activation],
+            expert_parallel,
             torch.get_num_threads(),
         )  # fmt: skip
     return out
