@@ -17,8 +17,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 CPU = Path("csrc/cpu")
-COMMON = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -ffp-contract=fast".split()
-COMMON += ["-Wall", "-Wextra", "-Wno-psabi"]
+COMMON = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+COMMON += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: gcc 12's own headers
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 # One translation unit per instruction set with its own flags: gcc refuses templated intrinsics under
 # __attribute__((target)), and a file built with -mavx512f must never be entered on a machine without it.

@@ -25,7 +25,7 @@ from .workloads import MODES, TRUE_SHAPE, Draw, Layer, Shape
 
 Row = dict[str, Any]
 DRAWS = 8
-PROBE_EVERY = 1.5  # seconds: the C++ probe fills and reads 1 GiB, a third of a second
+PROBE_EVERY = 0.3  # seconds: memory bandwidth drifts with the neighbours, and a floor is as good as its probe
 TOKENS = (1, 4, 16, 64, 256, 1024)
 
 

@@ -11,27 +11,24 @@
 namespace omnigene {
 namespace {
 
-// softmax of logits[E] into probabilities[E], then the K largest, equals by lowest id. `room` holds round_up(E, W) floats.
-inline void select_experts(const float* logits, int64_t E, int64_t K, const float* per_expert_scale, float* probabilities,
+// softmax of logits[E] into probabilities[E], then the K largest, equals by lowest id. Both logits and `room` have
+// round_up(E, W) floats of space, `room` as many again for one maximum per vector.
+inline void select_experts(float* logits, int64_t E, int64_t K, const float* per_expert_scale, float* probabilities,
                            float* weights, int64_t* index, float* room) {
-  float top = -INFINITY;
-  for (int64_t e = 0; e < E; ++e) top = logits[e] > top ? logits[e] : top;
-  const int64_t padded = round_up(E, W);
-  VF total = {};
+  const int64_t vectors = ceil_div(E, W), padded = vectors * W;
+  float* top = room + padded;
+  for (int64_t e = E; e < padded; ++e) logits[e] = -INFINITY;
+  VF best = vset(-INFINITY), total = {};
+  for (int64_t e = 0; e < padded; e += W) best = vmax(best, vload(logits + e));
+  const float largest = vtop(best);
   for (int64_t e = 0; e < padded; e += W) {
-    float part[W];
-    for (int i = 0; i < W; ++i) part[i] = e + i < E ? logits[e + i] : -INFINITY;
-    VF p = vexp_below(vload(part) - top);
-    vstore(part, p);
-    for (int i = 0; i < W; ++i) part[i] = e + i < E ? part[i] : 0.0f;
-    p = vload(part);
+    const VF p = vexp_below(vload(logits + e) - largest);
     vstore(room + e, p);
     total += p;
   }
   const float sum = vsum(total);
   for (int64_t e = 0; e < padded; e += W) vstore(room + e, vload(room + e) / sum);
   std::memcpy(probabilities, room, E * sizeof(float));
-  for (int64_t e = E; e < padded; ++e) room[e] = -1.0f;
   if (!(sum == sum)) {  // a NaN token: every weight is NaN, the ids stay valid and distinct
     for (int64_t k = 0; k < K; ++k) {
       index[k] = k;
@@ -39,19 +36,19 @@ inline void select_experts(const float* logits, int64_t E, int64_t K, const floa
     }
     return;
   }
+  for (int64_t e = E; e < padded; ++e) room[e] = -1.0f;
+  for (int64_t v = 0; v < vectors; ++v) top[v] = vtop(vload(room + v * W));
   float selected = 0.0f;
   for (int64_t k = 0; k < K; ++k) {
-    VF best = vset(-1.0f);
-    for (int64_t e = 0; e < padded; e += W) best = vmax(best, vload(room + e));
-    float lanes[W], p = -1.0f;
-    vstore(lanes, best);
-    for (int i = 0; i < W; ++i) p = lanes[i] > p ? lanes[i] : p;
-    int64_t id = 0;
-    while (room[id] != p) ++id;
+    int64_t v = 0;
+    for (int64_t i = 1; i < vectors; ++i) v = top[i] > top[v] ? i : v;
+    const float p = top[v];
+    const int64_t id = v * W + first_equal(vload(room + v * W), p);
     index[k] = id;
     weights[k] = p;
     selected += p;
     room[id] = -1.0f;
+    top[v] = vtop(vload(room + v * W));
   }
   for (int64_t k = 0; k < K; ++k) weights[k] = weights[k] / selected * per_expert_scale[index[k]];
 }
@@ -71,14 +68,14 @@ INLINE int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 inline void topk_gate(const GateArgs& g) {
   const int threads = g.T * g.E < 8192 ? 1 : g.threads;
-  const int64_t own = round_up(g.E, W) * 2;
+  const int64_t own = round_up(g.E, W) * 3;
   float* scale = static_cast<float*>(scratch(0, (g.E + own * threads) * sizeof(float)));
   float* rooms = scale + g.E;
   widen(g.scale_dtype, g.per_expert_scale, g.E, scale);
 #pragma omp parallel num_threads(threads)
   {
     const int id = omp_get_thread_num(), team = omp_get_num_threads();
-    float *room = rooms + own * id, *logits = room + own / 2;
+    float *room = rooms + own * id, *logits = room + own / 3 * 2;
     for (int64_t t = g.T * id / team; t < g.T * (id + 1) / team; ++t) {
       const char* row = static_cast<const char*>(g.logits) + t * g.logits_stride * element_size(g.logits_dtype);
       widen(g.logits_dtype, row, g.E, logits);
@@ -107,7 +104,7 @@ class Route {
     const int64_t panel_bytes = round_up(ceil_div(H, M::PER_UNIT) * CHUNK * 4, 64);
     const int64_t wide_bytes = M::CONVERT ? round_up(ROWS * H * 4, 64) : 0;
     const int64_t tail_bytes = round_up(ROWS * H * int64_t(sizeof(X)), 64);
-    const int64_t room_bytes = round_up(round_up(E, W) * 4, 64);
+    const int64_t room_bytes = round_up(E, 16) * 8;
     const int64_t own = x_bytes + panel_bytes + wide_bytes + tail_bytes + room_bytes;
     const int64_t blocks = ceil_div(E, 16), padded = blocks * 16;
     const int64_t logit_rows = split_rows ? T : CHUNK * threads;
@@ -219,23 +216,37 @@ class Route {
       from += vectors * W;
     }
     for (int i = 0; i < tokens.split.single; ++i) tokens.row[i] = row[in_lanes + i];
-    for (int64_t b = first; b < last; b += ROWS / 16) {
-      const int64_t e0 = b * 16, rows = (last - b < ROWS / 16 ? last - b : ROWS / 16) * 16, live = g_.E - e0;
+    // Few tokens wait for memory: small blocks, so that each fetches the next one's rows.
+    const int64_t step = n < W ? 1 : ROWS / 16;
+    for (int64_t b = first; b < last; b += step) {
+      const int64_t e0 = b * 16, rows = (last - b < step ? last - b : step) * 16, live = g_.E - e0;
       const int half = int(rows / 2);
       const X* w = static_cast<const X*>(g_.proj) + e0 * g_.proj_stride;
       int64_t stride = g_.proj_stride;
+      const X* next = live >= 2 * rows && b + step < last ? w + rows * stride : nullptr;
       if (live < rows) {
         w = pad_rows(w, stride, live, rows, g_.H, ws.tail);
         stride = g_.H;
       }
-      multiply_block<M>(tokens, w, w + half * stride, stride, half, nullptr, nullptr, ws.wide, ws.block);
-      for (int i = 0; i < in_lanes; ++i)
-        for (int r = 0; r < rows; ++r)
-          logits[i * padded_ + e0 + r] = ws.block.c[(r < half ? r : HALF + r - half) * MAX_TOKENS + i];
-      for (int i = 0; i < tokens.split.single; ++i)
-        for (int r = 0; r < rows; ++r)
-          logits[(in_lanes + i) * padded_ + e0 + r] = ws.block.d[i * ROWS + (r < half ? r : HALF + r - half)];
+      multiply_block<M>(tokens, w, w + half * stride, stride, half, next, next ? next + half * stride : nullptr, ws.wide,
+                        ws.block);
+      for (int run = 0; run < 2; ++run) {
+        const float *c = ws.block.c + run * HALF * MAX_TOKENS, *d = ws.block.d + run * HALF;
+        float* to = logits + e0 + run * half;
+        for (int r = 0; r < half; r += 8)
+          for (int i = 0; i < in_lanes; i += W) transpose_rows(c + r * MAX_TOKENS + i, to + i * padded_ + r, in_lanes - i);
+        for (int i = 0; i < tokens.split.single; ++i)
+          std::memcpy(to + (in_lanes + i) * padded_, d + i * ROWS, half * sizeof(float));
+      }
     }
+  }
+
+  // Eight rows of W tokens into eight columns of up to `live` tokens.
+  void transpose_rows(const float* c, float* to, int live) const {
+    VF t[W];
+    for (int i = 0; i < W; ++i) t[i] = i < 8 ? vload(c + i * MAX_TOKENS) : VF{};
+    transpose(t);
+    for (int i = 0; i < W && i < live; ++i) std::memcpy(to + i * padded_, &t[i], 8 * sizeof(float));
   }
 
   void select(int64_t t, float* logits, float* room) const {

@@ -27,14 +27,36 @@ INLINE void vstore(float* p, VF x) { *reinterpret_cast<VFu*>(p) = x; }
 INLINE VF vmax(VF a, VF b) { return a < b ? b : a; }  // a NaN in a stays
 INLINE VF vmin(VF a, VF b) { return a > b ? b : a; }
 
-template <int N = W>
 INLINE float vsum(VF x) {
-  float s[W], total = 0;
+#if OMNIGENE_WIDTH == 16
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float s[W];
   vstore(s, x);
   for (int h = W / 2; h; h /= 2)
     for (int i = 0; i < h; ++i) s[i] += s[i + h];
-  total = s[0];
-  return total;
+  return s[0];
+#endif
+}
+INLINE float vtop(VF x) {  // the largest lane
+#if OMNIGENE_WIDTH == 16
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float s[W];
+  vstore(s, x);
+  for (int h = W / 2; h; h /= 2)
+    for (int i = 0; i < h; ++i) s[i] = s[i] < s[i + h] ? s[i + h] : s[i];
+  return s[0];
+#endif
+}
+INLINE int first_equal(VF x, float y) {  // the first lane that equals y; one does
+#if OMNIGENE_WIDTH == 16
+  return __builtin_ctz(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(y), _CMP_EQ_OQ));
+#else
+  int i = 0;
+  while (x[i] != y) ++i;
+  return i;
+#endif
 }
 
 struct bf16 {
@@ -104,7 +126,13 @@ INLINE VU bf16_bits(VF x) {  // round to nearest even; the 16 bits stand in the 
   return (VU)((VI)((u & 0x7fffffff) > 0x7f800000) ? (VI)(VU{} + 0x7fc0) : (VI)rounded);
 }
 INLINE void store_rounded(float* p, VF x) { vstore(p, x); }
-INLINE void store_rounded(bf16* p, VF x) { *reinterpret_cast<VHu*>(p) = __builtin_convertvector(bf16_bits(x), VH); }
+INLINE void store_rounded(bf16* p, VF x) {
+#if OMNIGENE_BF16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  *reinterpret_cast<VHu*>(p) = __builtin_convertvector(bf16_bits(x), VH);
+#endif
+}
 INLINE void store_rounded(f16* p, VF x) {
 #if OMNIGENE_WIDTH == 16
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, 0));
@@ -116,7 +144,13 @@ INLINE void store_rounded(f16* p, VF x) {
 }
 // x rounded to T and back: where transformers writes a tensor of dtype T.
 INLINE VF rounded_through(VF x, float*) { return x; }
-INLINE VF rounded_through(VF x, bf16*) { return (VF)(bf16_bits(x) << 16); }
+INLINE VF rounded_through(VF x, bf16*) {
+#if OMNIGENE_BF16
+  return (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
+#else
+  return (VF)(bf16_bits(x) << 16);
+#endif
+}
 INLINE VF rounded_through(VF x, f16*) {
   f16 h[W];
   store_rounded(h, x);
