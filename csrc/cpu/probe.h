@@ -5,12 +5,6 @@
 #include "api.h"
 #include "tiles.h"
 
-#if defined(__AVX2__)
-#define OMNIGENE_KEEP(x) "+v"(x)
-#else
-#define OMNIGENE_KEEP(x) "+m"(x)  // two registers: no register constraint holds them
-#endif
-
 namespace omnigene {
 namespace {
 

@@ -9,6 +9,13 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+// An asm operand that keeps a vector's computation alive.
+#if defined(__AVX2__)
+#define OMNIGENE_KEEP(x) "+v"(x)
+#else
+#define OMNIGENE_KEEP(x) "+m"(x)  // two registers: no register constraint holds them
+#endif
+
 
 namespace omnigene {
 namespace {
