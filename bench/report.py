@@ -142,8 +142,8 @@ def _device(path: Path) -> str:
         f" {versions['python']}: E={E}, K={K}, H={H}, I={I}, {first['dtype']}. Probed in the same process:"
         f" {bandwidths[middle]:.1f} GB/s and {peaks[middle]:.0f} GFLOP/s (medians over the cases; each uses its own)."
         " Milliseconds are medians of interleaved rounds. Speed-up is the best correct peer's time over ours; at most,"
-        " that time over the floor, which is the larger of bytes / bandwidth and FLOPs / peak. Errors are against float64:"
-        " ours, then eager's."
+        " that time over the floor, which is the larger of bytes / bandwidth and FLOPs / peak. Errors are against"
+        " float64: ours, then eager's."
         f" Rows, with p20 and p80: [`bench/results/{path.name}`](bench/results/{path.name}).",
     ]
     for op in ("experts", "route", "block"):
