@@ -37,8 +37,11 @@ class NinjaBuildExt(build_ext):
     """Compiles with ninja, because setuptools has no flags per source file."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
+        try:
+            import ninja
+            import pybind11
+        except ImportError as error:  # an install with --no-build-isolation
+            raise CompileError(f"{error}: omnigene_fast._cpu was not built") from error
         compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++") or shutil.which("clang++")
         if compiler is None:
             raise CompileError("no C++ compiler found (set CXX or install g++): omnigene_fast._cpu was not built")
@@ -67,18 +70,13 @@ class NinjaBuildExt(build_ext):
             objects.append(obj)
         lines.append(f"build {_ninja_escape(str(output))}: link {' '.join(objects)}")
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
-        if subprocess.run([_ninja(), "-C", str(build)], stdout=sys.stderr).returncode:
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)]
+        if subprocess.run(command, stdout=sys.stderr).returncode:
             raise CompileError("the C++ compiler failed (its log is above): omnigene_fast._cpu was not built")
 
 
 def _ninja_escape(text: str) -> str:
     return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-def _ninja() -> str:
-    import ninja
-
-    return str(Path(ninja.BIN_DIR) / "ninja")
 
 
 setup(

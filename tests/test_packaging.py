@@ -133,3 +133,20 @@ assert "transformers.models.gemma4.modeling_gemma4" not in sys.modules
 def test_public_names():
     assert set(omnigene_fast.__all__) == {"__version__", "accelerate", "ops", "restore"}
     assert all(hasattr(omnigene_fast, name) for name in omnigene_fast.__all__)
+
+
+def test_bug_35_without_pybind11_the_install_goes_on(tmp_path):
+    """35: `pip install --no-build-isolation` on a machine that lacks what the build would have brought along."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "missing").mkdir()
+    (tmp_path / "missing" / "pybind11.py").write_text("raise ImportError('No module named pybind11')")
+    command = (sys.executable, "setup.py", "build_ext", "--build-lib", "out")
+    inherited = os.environ | {"PYTHONPATH": str(tmp_path / "missing")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=inherited, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "No module named pybind11: omnigene_fast._cpu was not built" in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("_cpu*.so"))
