@@ -175,7 +175,6 @@ class ExpertMlp {
     float* rows;  // single tokens widened to float
     float* wide;
     Weight* tail;
-    const X* zero = nullptr;
     Block block;
     int64_t loaded = -1;  // the pass whose tokens stand in `tokens`
     Tokens<M> tokens;

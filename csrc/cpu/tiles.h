@@ -85,8 +85,8 @@ inline __attribute__((noinline)) void lane_tile(const char* a, const char* b, in
   for (int q = 0; q < QUADS; ++q)
     p[q] = q < QUADS / 2 ? a + q * PER_QUAD * stride : b + (q - QUADS / 2) * PER_QUAD * stride;
   VF acc[R][V];
-  // N units of each row. With one vector of tokens a broadcast load per product is more than the load ports give (Zen 5:
-  // 340 of 485 GFLOP/s a core), so half of the units are loaded in pairs and spread by shuffles (398).
+  // N units of each row. With one vector of tokens a broadcast load per product is more than the load ports give, so
+  // half of the units are loaded in pairs and spread by shuffles (docs/performance.md).
   auto step = [&](auto count, const float* x, int64_t offset) INLINE_LAMBDA {
     constexpr int N = decltype(count)::value;
     VF xv[N][V];
