@@ -55,13 +55,13 @@ def test_thread_count_does_not_change_a_bit():
     before = torch.get_num_threads()
     results = {}
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             results[threads] = [ops.expert_mlp(*arguments, activation="gelu_tanh", backend="cpu")]
             results[threads] += ops.route(arguments[0], proj, ones, ones[:128], top_k=8, eps=1e-6, backend="cpu")
     finally:
         torch.set_num_threads(before)
-    for threads in (2, 3):
+    for threads in (2, 3, 5):
         for one, other in zip(results[1], results[threads], strict=True):
             assert torch.equal(one, other)
 
@@ -81,8 +81,8 @@ def test_half_precision_extremes_survive():
 
 
 def test_tiny_probabilities_keep_their_order():
-    """exp goes on through the subnormals: the eighth pick, 84 nats below the first, is still the right one."""
-    logits = -torch.arange(32, dtype=torch.float32).flip(0)[None] * 12
+    """exp goes on through the subnormals: the eighth pick, 94.5 nats below the first, is still the right one."""
+    logits = -torch.arange(32, dtype=torch.float32).flip(0)[None] * 13.5
     _, _, index = ops.topk_gate(logits, torch.ones(32), top_k=8, backend="cpu")
     assert index[0].tolist() == list(range(31, 23, -1))
 

@@ -97,7 +97,9 @@ class Route {
   void run() {
     const int64_t H = g_.H, E = g_.E, T = g_.T;
     int threads = double(T) * double(E) * double(H) < 1e5 ? 1 : g_.threads;
-    const bool split_rows = T < W * threads;  // too few tokens to go round: each thread takes some of the experts
+    // Few tokens: each thread normalises all of them and takes some of the experts. Else each takes whole chunks. Chunks
+    // begin at multiples of W, so a token meets the same kind of tile, and gets the same bits, with any thread count.
+    const bool split_rows = T < 2 * W;
     const int64_t rows = split_rows ? round_up(T, W) : CHUNK;
     const int64_t row = round_up(H, 32);
     const int64_t x_bytes = round_up(rows * row * int64_t(sizeof(Activation)), 64);
@@ -136,10 +138,10 @@ class Route {
         for (int64_t t = T * id / team; t < T * (id + 1) / team; ++t) select(t, logits + t * padded, ws.room);
       } else {
         float* mine = logits + id * CHUNK * padded;
-        const int64_t chunks = ceil_div(T, CHUNK) > team ? ceil_div(T, CHUNK) : team;
+        const int64_t fair = round_up(ceil_div(T, team), W), size = fair < CHUNK ? fair : CHUNK;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t c = 0; c < chunks; ++c) {
-          const int64_t t0 = T * c / chunks, t1 = T * (c + 1) / chunks;
+        for (int64_t t0 = 0; t0 < T; t0 += size) {
+          const int64_t t1 = t0 + size < T ? t0 + size : T;
           for (int64_t t = t0; t < t1; ++t) normalise(t, ws.x + (t - t0) * row);
           project(ws, ws.x, t1 - t0, 0, blocks, mine);
           for (int64_t t = t0; t < t1; ++t) select(t, mine + (t - t0) * padded, ws.room);
