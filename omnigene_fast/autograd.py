@@ -1,79 +1,145 @@
-"""Gradients of the operators. This version has none: a backward raises one sentence instead of giving a wrong gradient.
+"""Gradients of the operators: one autograd.Function per differentiable operator.
 
-Each operator gets a kernel for torch's Autograd key, so the rule holds however the operator is reached: the functions
-of `omnigene_fast.ops`, `torch.ops.omnigene_fast`, a compiled graph. The forward pass in grad mode works as usual.
+Each `<op>_fwd` gets a kernel for torch's Autograd key, so the rule holds however the operator is reached: the functions
+of `omnigene_fast.ops`, `torch.ops.omnigene_fast`, a compiled graph. A backward is one call of `<op>_bwd`, which computes
+what `ctx.needs_input_grad` asks for and writes into nothing that it was given. There are no second derivatives.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import ops  # noqa: F401  (defines the operators that this module adds to)
+from . import _library  # noqa: F401  (defines the operators that this module adds to)
 
 _LIB = torch.library.Library("omnigene_fast", "FRAGMENT")
-
-# An operator rather than a plain `raise`: torch.compile traces the backward while it compiles the forward.
-_LIB.define(
-    "backward_missing(Tensor grad, SymInt[] size, ScalarType dtype, str op) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_OPS = torch.ops.omnigene_fast
 
 
-def _backward_missing(grad: Tensor, size: list[int], dtype: torch.dtype, op: str) -> Tensor:
-    raise NotImplementedError(
-        f"omnigene_fast: {op} has no backward in this version; run inference under torch.no_grad(), "
-        "or call omnigene_fast.restore(model) to train with the stock layers."
-    )
-
-
-_LIB.impl("backward_missing", _backward_missing, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("omnigene_fast::backward_missing", lib=_LIB)
-def _backward_missing_fake(grad: Tensor, size: list[int], dtype: torch.dtype, op: str) -> Tensor:
-    return grad.new_empty(size, dtype=dtype)
-
-
-class _ForwardOnly(torch.autograd.Function):
-    """Runs an operator; its backward calls `backward_missing` once for each input that wants a gradient."""
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        proj_weight: Tensor,
+        scale: Tensor,
+        per_expert_scale: Tensor,
+        top_k: int,
+        eps: float,
+        numerics: str,
+        backend: str,
+    ) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            probabilities, weights, index = _OPS.route_fwd(
+                hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, backend
+            )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(index)
+        ctx.save_for_backward(hidden, proj_weight, scale, per_expert_scale, probabilities, index)
+        ctx.eps, ctx.backend = eps, backend
+        return probabilities, weights, index
 
     @staticmethod
-    def forward(ctx: Any, op: Callable[..., Any], name: str, *args: Any) -> Any:
-        ctx.name = name
-        # Shapes, not the tensors: nothing is kept alive for a backward that never comes.
-        ctx.inputs = [(arg.shape, arg.dtype) if isinstance(arg, Tensor) else None for arg in args]
+    @once_differentiable
+    def backward(ctx: Any, grad_probabilities: Tensor | None, grad_weights: Tensor | None, _: None) -> Any:
+        needed = list(ctx.needs_input_grad[:4])
+        if grad_probabilities is None and grad_weights is None:
+            return (None,) * 8
+        grads = _OPS.route_bwd(grad_probabilities, grad_weights, *ctx.saved_tensors, ctx.eps, needed, ctx.backend)
+        return *_none_where_not(needed, grads), None, None, None, None
+
+
+class _TopkGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, per_expert_scale: Tensor, top_k: int, backend: str) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            out = op(*args)
-        ctx.mark_non_differentiable(*(t for t in (out if isinstance(out, tuple) else ()) if not t.is_floating_point()))
-        return out
+            probabilities, weights, index = _OPS.topk_gate_fwd(logits, per_expert_scale, top_k, backend)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(index)
+        ctx.save_for_backward(probabilities, index, per_expert_scale)
+        ctx.dtype, ctx.backend = logits.dtype, backend
+        return probabilities, weights, index
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            None,
-            None,
-            *(
-                torch.ops.omnigene_fast.backward_missing(grads[0], *shape_and_dtype, ctx.name) if needed else None
-                for needed, shape_and_dtype in zip(ctx.needs_input_grad[2:], ctx.inputs, strict=True)
-            ),
-        )
+    @once_differentiable
+    def backward(ctx: Any, grad_probabilities: Tensor | None, grad_weights: Tensor | None, _: None) -> Any:
+        needed = list(ctx.needs_input_grad[:2])
+        if grad_probabilities is None and grad_weights is None:
+            return (None,) * 4
+        grads = _OPS.topk_gate_bwd(grad_probabilities, grad_weights, *ctx.saved_tensors, ctx.dtype, needed, ctx.backend)
+        return *_none_where_not(needed, grads), None, None
 
 
-def _register(name: str, tensors: int) -> None:
-    """Give `<name>_fwd`, whose first `tensors` arguments may want a gradient, its kernel for the Autograd key."""
-    op = getattr(torch.ops.omnigene_fast, f"{name}_fwd").default
-
-    def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(arg.requires_grad for arg in args[:tensors]):
-            return _ForwardOnly.apply(op, name, *args)
+class _ExpertMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        gate_up_lhs: Tensor | None,
+        gate_up_rhs: Tensor | None,
+        down_lhs: Tensor | None,
+        down_rhs: Tensor | None,
+        activation: str,
+        expert_parallel: bool,
+        save_preactivation: bool,
+        backend: str,
+    ) -> Any:
+        inputs = (hidden, gate_up_proj, down_proj, index, weights, gate_up_lhs, gate_up_rhs, down_lhs, down_rhs)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            out, preactivation = _OPS.expert_mlp_fwd(*inputs, activation, expert_parallel, save_preactivation, backend)
+        ctx.mark_non_differentiable(preactivation)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, preactivation)
+        ctx.options = activation, expert_parallel
+        ctx.backend = backend
+        return out, preactivation
 
-    _LIB.impl(f"{name}_fwd", kernel, "Autograd")
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, _: None) -> Any:
+        if grad_out is None:
+            return (None,) * 13
+        wants = ctx.needs_input_grad
+        needed = [*wants[:3], *wants[4:9]]  # all but index
+        grads = _OPS.expert_mlp_bwd(grad_out, *ctx.saved_tensors, *ctx.options, needed, ctx.backend)
+        kept = _none_where_not(needed, grads)
+        return *kept[:3], None, *kept[3:], None, None, None, None
 
 
-_register("route", 4)
-_register("topk_gate", 2)
-_register("expert_mlp", 5)
+def _none_where_not(needed: list[bool], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if need else None for need, grad in zip(needed, grads, strict=True))
+
+
+def _wanted(*inputs: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
+def _route(*args: Any) -> Any:
+    if _wanted(*args[:4]):
+        return _Route.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OPS.route_fwd(*args)
+
+
+def _topk_gate(*args: Any) -> Any:
+    if _wanted(*args[:2]):
+        return _TopkGate.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OPS.topk_gate_fwd(*args)
+
+
+def _expert_mlp(*args: Any) -> Any:
+    if _wanted(*args[:9]):
+        return _ExpertMlp.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OPS.expert_mlp_fwd(*args)
+
+
+_LIB.impl("route_fwd", _route, "Autograd")
+_LIB.impl("topk_gate_fwd", _topk_gate, "Autograd")
+_LIB.impl("expert_mlp_fwd", _expert_mlp, "Autograd")

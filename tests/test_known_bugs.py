@@ -173,13 +173,22 @@ def test_bugs_09_and_10_schemas_and_fakes(T, K, backend):
     Every operator here has one documented rank per argument; opcheck at the sizes where shapes degenerate.
     """
     router, experts = stock_router(16, K, 67, F32), stock_experts(16, 67, 35, F32)
-    hidden, (index, weights) = torch.randn(T, 67), routing("uniform", T, K, 16, seed=0)
-    parameters = (router.proj.weight, router.scale, router.per_expert_scale)
-    projections = (experts.gate_up_proj, experts.down_proj)
+    hidden = torch.randn(T, 67, requires_grad=True)
+    parameters = [p.requires_grad_() for p in (router.proj.weight, router.scale, router.per_expert_scale)]
+    probabilities, weights, index = (x.detach() for x in route(hidden, *parameters, top_k=K, eps=1e-6, backend=backend))
+    block = [hidden, experts.gate_up_proj, experts.down_proj, index, weights, *[None] * 4]
+    kept = torch.ops.omnigene_fast.expert_mlp_fwd(*block, "gelu_tanh", False, True, backend)[1].detach()
+    grads, plain = (probabilities, weights), [p.detach() for p in parameters]
     for name, arguments in (
         ("route_fwd", (hidden, *parameters, K, 1e-6, "hf", backend)),
-        ("topk_gate_fwd", (torch.randn(T, 16), router.per_expert_scale, K, backend)),
-        ("expert_mlp_fwd", (hidden, *projections, index, weights, "gelu_tanh", False, backend)),
+        ("topk_gate_fwd", (torch.randn(T, 16, requires_grad=True), router.per_expert_scale, K, backend)),
+        ("expert_mlp_fwd", (*block, "gelu_tanh", False, True, backend)),
+        ("route_bwd", (*grads, hidden.detach(), *plain, probabilities, index, 1e-6, [True] * 4, backend)),
+        ("topk_gate_bwd", (*grads, probabilities, index, plain[2], F32, [True] * 2, backend)),
+        (
+            "expert_mlp_bwd",
+            (torch.randn(T, 67), hidden.detach(), *block[1:], kept, "gelu_tanh", False, [True] * 8, backend),
+        ),
     ):
         op = getattr(torch.ops.omnigene_fast, name).default
         assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}, name

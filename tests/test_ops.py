@@ -645,39 +645,80 @@ def test_an_explicit_backend_never_falls_back():
 # --- torch.library ----------------------------------------------------------------------------------------------------
 
 OPS = torch.ops.omnigene_fast
-NO_GRAD_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-GRAD_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")  # the fourth would run the backward
+FORWARDS, BACKWARDS = ("route_fwd", "topk_gate_fwd", "expert_mlp_fwd"), ("route_bwd", "topk_gate_bwd", "expert_mlp_bwd")
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def _op_arguments(name, dtype, backend):
+    """Arguments of an operator in the order of its schema: all that is optional is there, all gradients are wanted."""
     hidden, router, experts = torch.randn(9, 67).to(dtype), _router(16, 4, 67, dtype), _experts(16, 67, 35, dtype)
-    index, weights = routing("uniform", 9, 4, 16, seed=0)
     parameters = [p.detach() for p in (router.proj.weight, router.scale, router.per_expert_scale)]
-    projections = [p.detach() for p in (experts.gate_up_proj, experts.down_proj)]
+    probabilities, weights, index = reference.route(hidden, *parameters, top_k=4, eps=1e-6)
+    factors = (torch.randn(16, size, 5).to(dtype) / 8 for size in (70, 67, 67, 35))
+    lora = [factor if n % 2 == 0 else factor.mT.contiguous() for n, factor in enumerate(factors)]
+    block = (hidden, experts.gate_up_proj.detach(), experts.down_proj.detach(), index, weights, *lora)
+    grads = torch.randn_like(probabilities), torch.randn_like(weights)
     return {
         "route_fwd": (hidden, *parameters, 4, 1e-6, "hf", backend),
+        "route_bwd": (*grads, hidden, *parameters, probabilities, index, 1e-6, [True] * 4, backend),
         "topk_gate_fwd": (torch.randn(9, 16).to(dtype), parameters[2], 4, backend),
-        "expert_mlp_fwd": (hidden, *projections, index, weights, "gelu_tanh", True, backend),
+        "topk_gate_bwd": (*grads, probabilities, index, parameters[2], dtype, [True] * 2, backend),
+        "expert_mlp_fwd": (*block, "gelu_tanh", True, True, backend),
+        "expert_mlp_bwd": (
+            torch.randn_like(hidden),
+            *block,
+            OPS.expert_mlp_fwd(*block, "gelu_tanh", True, True, backend)[1],
+            "gelu_tanh",
+            True,
+            [True] * 8,
+            backend,
+        ),
     }[name]
+
+
+def _opcheck(name, arguments):
+    result = torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=CHECKS)
+    assert dict.fromkeys(CHECKS, "SUCCESS") == result
 
 
 @backends
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("name", ["route_fwd", "topk_gate_fwd", "expert_mlp_fwd"])
-def test_opcheck(name, requires_grad, dtype, backend):
-    arguments = tuple(
-        argument.clone().requires_grad_(requires_grad)
-        if isinstance(argument, torch.Tensor) and argument.is_floating_point()
-        else argument
-        for argument in _op_arguments(name, dtype, backend)
+@pytest.mark.parametrize("name", FORWARDS)
+def test_opcheck_with_gradients(name, dtype, backend):
+    arguments = _op_arguments(name, dtype, backend)
+    _opcheck(
+        name,
+        tuple(
+            argument.clone().requires_grad_()
+            if isinstance(argument, torch.Tensor) and argument.is_floating_point()
+            else argument
+            for argument in arguments
+        ),
     )
-    checks = GRAD_CHECKS if requires_grad else NO_GRAD_CHECKS
-    result = torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=checks)
-    assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("name", ["route_fwd", "topk_gate_fwd", "expert_mlp_fwd"])
+@backends
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("name", FORWARDS + BACKWARDS)
+def test_opcheck(name, dtype, backend):
+    _opcheck(name, _op_arguments(name, dtype, backend))
+
+
+@backends
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_opcheck_of_a_backward_that_is_asked_for_nothing(name, backend):
+    """Gradients that nobody needs come back empty, and absent gradients and factors are no special case."""
+    arguments = [
+        None if n < 2 and name != "expert_mlp_bwd" else a for n, a in enumerate(_op_arguments(name, F32, backend))
+    ]
+    if name == "expert_mlp_bwd":
+        arguments[6:10] = [None] * 4
+    arguments[-2] = [False] * len(arguments[-2])
+    _opcheck(name, tuple(arguments))
+    assert [out.numel() for out in getattr(OPS, name)(*arguments)] == [0] * len(arguments[-2])
+
+
+@pytest.mark.parametrize("name", FORWARDS + BACKWARDS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F64])
 def test_fake_and_meta_tensors(name, dtype):
     """Shapes, dtypes and strides come without data, and so without a synchronisation."""
@@ -686,7 +727,6 @@ def test_fake_and_meta_tensors(name, dtype):
     with FakeTensorMode() as mode:
         fake = getattr(OPS, name)(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
     meta = getattr(OPS, name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
-    real, fake, meta = (out if isinstance(out, tuple) else (out,) for out in (real, fake, meta))
     for r, f, m in zip(real, fake, meta, strict=True):
         assert m.device.type == "meta"
         assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride()) == (m.shape, m.dtype, m.stride())
@@ -724,22 +764,30 @@ def test_autocast_does_not_reach_inside_the_operators(backend):
 
 @backends
 @pytest.mark.parametrize(("function", "good"), [(route, ROUTE), (topk_gate, GATE), (expert_mlp, MLP)])
-def test_backward_raises_one_sentence(function, good, backend):
-    """For every argument that may want a gradient, in eager mode and in a compiled graph; forward works in both."""
+def test_outputs_want_a_gradient_where_an_input_does(function, good, backend):
+    """For every argument alone, in eager mode and in a compiled graph; the values do not change."""
     good = good | {"backend": backend}
     expected = function(**good)
     wanting = [n for n, v in good.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
     for name, call in itertools.product(
         wanting, (function, torch.compile(function, fullgraph=True, backend="aot_eager"))
     ):
-        out = call(**good | {name: good[name].clone().requires_grad_()})
+        leaf = good[name].clone().requires_grad_()
+        out = call(**good | {name: leaf})
         outs = out if isinstance(out, tuple) else (out,)
         for mine, same in zip(outs, expected if isinstance(expected, tuple) else (expected,), strict=True):
             assert torch.equal(mine, same)
             assert mine.requires_grad == mine.is_floating_point()
-            if mine.requires_grad:
-                with pytest.raises(NotImplementedError, match=r"has no backward in this version; .*restore\(model\)"):
-                    mine.sum().backward(retain_graph=True)
+        (outs[0] if len(outs) == 1 else outs[1]).sum().backward()
+        assert leaf.grad is not None, name
+
+
+def test_there_are_no_second_derivatives():
+    hidden = torch.ones(T, H, requires_grad=True)
+    out = expert_mlp(**MLP | {"hidden": hidden})
+    (grad,) = torch.autograd.grad(out.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_no_graph_is_kept_without_grad():

@@ -7,7 +7,8 @@ packages: `unavailable` answers for them.
 import functools
 import importlib
 import logging
-from typing import Protocol, cast
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from torch import Tensor
 logger = logging.getLogger("omnigene_fast")
 
 NAMES = ("auto", "cpu", "triton", "reference")
+
+
+class Lora(NamedTuple):
+    """Low-rank updates of the two projections, W + lhs @ rhs; a pair is None where there is none."""
+
+    gate_up_lhs: Tensor | None  # [E, 2I, r]
+    gate_up_rhs: Tensor | None  # [E, r, H]
+    down_lhs: Tensor | None  # [E, H, s]
+    down_rhs: Tensor | None  # [E, s, I]
 
 
 class Backend(Protocol):
@@ -34,7 +44,29 @@ class Backend(Protocol):
         numerics: str,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
+    def route_bwd(
+        self,
+        d_logits: Tensor,
+        hidden: Tensor,
+        proj_weight: Tensor,
+        scale: Tensor,
+        eps: float,
+        needed: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden, proj_weight and scale (where `needed`) from those of the logits [T, E] float32."""
+
     def topk_gate(self, logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def topk_gate_bwd(
+        self,
+        grad_probabilities: Tensor | None,
+        grad_weights: Tensor | None,
+        probabilities: Tensor,
+        index: Tensor,
+        per_expert_scale: Tensor,
+        need_scale: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the logits [T, E] float32 and, if `need_scale`, of per_expert_scale [E] float32."""
 
     def expert_mlp(
         self,
@@ -43,9 +75,30 @@ class Backend(Protocol):
         down_proj: Tensor,
         index: Tensor,
         weights: Tensor,
+        lora: Lora,
         activation: str,
         expert_parallel: bool,
-    ) -> Tensor: ...
+        save_preactivation: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output [T, H] and, if `save_preactivation`, the output of gate_up_proj [T * K, 2I] in the dtype of
+        `hidden`, row t * K + k for pick k of token t; rows of sentinels may hold anything."""
+
+    def expert_mlp_bwd(
+        self,
+        grad_out: Tensor,
+        hidden: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        lora: Lora,
+        preactivation: Tensor | None,
+        activation: str,
+        expert_parallel: bool,
+        needed: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, gate_up_proj, down_proj, weights and the four of `lora`, None where not `needed`;
+        the pre-activation is computed again if it is None. `grad_out` may have any strides."""
 
 
 def load(name: str) -> Backend:

@@ -7,6 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import Lora
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
 
@@ -107,9 +109,17 @@ def expert_mlp(
     down_proj: Tensor,
     index: Tensor,
     weights: Tensor,
+    lora: Lora,
     activation: str,
     expert_parallel: bool,
-) -> Tensor:
+    save_preactivation: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if lora.gate_up_lhs is not None or lora.down_lhs is not None or save_preactivation:  # TEMPORARY until the C++ lands
+        from .. import reference
+        from .._library import _pairs
+
+        out = reference.expert_mlp(hidden, gate_up_proj, down_proj, index, weights, activation=activation, **_pairs(lora))
+        return out, hidden.new_zeros((index.numel(), gate_up_proj.shape[1])) if save_preactivation else None
     hidden = _rows(hidden)
     index = index.to(torch.int64).contiguous()
     weights = weights.to(torch.float32).contiguous()
@@ -123,7 +133,30 @@ def expert_mlp(
             expert_parallel,
             torch.get_num_threads(),
         )  # fmt: skip
-    return out
+    return out, None
+
+
+def topk_gate_bwd(grad_probabilities, grad_weights, probabilities, index, per_expert_scale, need_scale):  # TEMPORARY
+    from .. import reference
+
+    return reference.topk_gate_bwd(grad_probabilities, grad_weights, probabilities, index, per_expert_scale)
+
+
+def route_bwd(d_logits, hidden, proj_weight, scale, eps, needed):  # TEMPORARY
+    from .. import reference
+
+    return reference.route_bwd(d_logits, hidden, proj_weight, scale, eps=eps)
+
+
+def expert_mlp_bwd(
+    grad_out, hidden, gate_up_proj, down_proj, index, weights, lora, preactivation, activation, expert_parallel, needed
+):  # TEMPORARY
+    from .. import reference
+    from .._library import _pairs
+
+    return reference.expert_mlp_bwd(
+        grad_out, hidden, gate_up_proj, down_proj, index, weights, activation=activation, needed=needed, **_pairs(lora)
+    )
 
 
 def _rows(x: Tensor) -> Tensor:

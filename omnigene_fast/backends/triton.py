@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import Lora
+
 if TYPE_CHECKING:
     from ..kernels.tiles import ExpertTiles
 
@@ -77,10 +79,12 @@ def expert_mlp(
     down_proj: Tensor,
     index: Tensor,
     weights: Tensor,
+    lora: Lora,
     activation: str,
     expert_parallel: bool,
+    save_preactivation: bool,
     tiles: "ExpertTiles | None" = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """`omnigene_fast.ops.expert_mlp` on validated arguments; `tiles` overrides the choice of `kernels.tiles`."""
     from ..kernels.combine import launch_combine_fwd
     from ..kernels.dispatch import launch_dispatch_fwd
@@ -90,7 +94,7 @@ def expert_mlp(
     T, H = hidden.shape
     E, _, I = down_proj.shape  # noqa: E741
     if hidden.numel() == 0 or I == 0:
-        return torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        return torch.zeros_like(hidden, memory_format=torch.contiguous_format), None
     if os.environ.get("OMNIGENE_FAST_CHECK_IDS") == "1":
         _check_ids(index, E, expert_parallel)
     if hidden.stride(1) != 1:
@@ -103,7 +107,7 @@ def expert_mlp(
         dispatch = launch_dispatch_fwd(index, E, tiles.up.block_m)
         h = launch_expert_up_fwd(hidden, gate_up_proj, dispatch, activation, tiles.up)
         y = launch_expert_down_fwd(h, down_proj, dispatch, tiles.down)
-        return launch_combine_fwd(y, dispatch.position, weights)
+        return launch_combine_fwd(y, dispatch.position, weights), None
 
 
 def _interpreted() -> bool:
