@@ -2,11 +2,13 @@
 
 import contextlib
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts, Gemma4TextRouter
 
 from omnigene_fast import backends, reference
@@ -231,3 +233,13 @@ def experts_implementation(model: torch.nn.Module, name: str):
         yield model
     finally:
         model.set_experts_implementation(before)
+
+
+@contextlib.contextmanager
+def allocations() -> Iterator[list[int]]:
+    """A list that holds the bytes of every CPU allocation torch makes in the block, once the block is left."""
+    sizes: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        yield sizes
+    events = recorded.profiler.kineto_results.events()
+    sizes += [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]

@@ -98,9 +98,10 @@ def test_numerics_and_backend_reach_the_operators(monkeypatch):
     fp32 = logits(model)
     hf = logits(accelerate(model, backend="reference"))  # a second call updates the options
     assert [kwargs["numerics"] for kwargs in routes] == ["fp32"] * 3 + ["hf"] * 3
-    logits(accelerate(model))
+    logits(accelerate(model, save="input"))
     for seen in (routes, experts):
         assert [kwargs["backend"] for kwargs in seen] == ["reference"] * 6 + ["auto"] * 3
+    assert [kwargs["save"] for kwargs in experts] == ["preactivation"] * 6 + ["input"] * 3
     assert not torch.equal(hf, fp32)
 
 
@@ -365,6 +366,7 @@ def test_a_model_without_experts_is_refused(model):
     ("options", "sentence"),
     [
         ({"numerics": "bf16"}, "^numerics: expected 'hf' or 'fp32', got 'bf16'.$"),
+        ({"save": "nothing"}, "^save: expected 'preactivation' or 'input', got 'nothing'.$"),
         ({"backend": "sonicmoe"}, "^backend: expected one of auto, cpu, triton, reference, got 'sonicmoe'.$"),
     ],
 )

@@ -1,0 +1,160 @@
+"""The experts implementation "omnigene_fast" of transformers: what runs as the forward of an experts module."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import activations
+from transformers.integrations import moe
+
+from .. import ops
+
+NAME = "omnigene_fast"
+STOCK = "grouped_mm"  # what transformers chooses when nothing is asked for
+RECORD = "_omnigene_fast"  # instance attribute of every module that `accelerate` touched, except routers
+
+Factors = tuple[Tensor, Tensor]  # lhs [E, out, r] with the scaling in it, rhs [E, r, in]: the weight is W + lhs @ rhs
+
+# By exact class, because a subclass may compute something else. The three long spellings of the tanh form are the same
+# function; their constants agree to 1e-11.
+_ACTIVATIONS: dict[type, str] = {
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.AccurateGELUActivation: "gelu_tanh",
+    activations.FastGELUActivation: "gelu_tanh",
+    activations.GELUActivation: "gelu",
+    activations.SiLUActivation: "silu",
+    nn.SiLU: "silu",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What `accelerate` asked of a module, and the experts implementation that its config named before."""
+
+    backend: str
+    save: str
+    implementation: str | None
+
+
+UNTOUCHED = Record("auto", "preactivation", STOCK)
+
+
+def experts_forward(
+    self: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    lora: Mapping[str, Sequence[Factors]] | None = None,
+) -> Tensor:
+    """The experts implementation "omnigene_fast": transformers calls it as the forward of an experts module.
+
+    Args:
+        self: an experts module of transformers, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+        hidden_states: [T, H], any floating dtype; computed in the dtype of the weights, as under autocast.
+        top_k_index: [T, K] integer.
+        top_k_weights: [T, K], any floating dtype.
+        lora: low-rank updates by the name of their parameter, as `integrations.peft` hands them down.
+
+    Returns:
+        [T, H] in the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: experts of another layout, with biases, or with an unknown activation.
+    """
+    activation = activation_of(self)
+    gate_up_proj, gate_up_lora = _projection(self, "gate_up_proj", lora)
+    down_proj, down_lora = _projection(self, "down_proj", lora)
+    check_weights(self, gate_up_proj)
+    record, dtype = self.__dict__.get(RECORD, UNTOUCHED), gate_up_proj.dtype
+    out = ops.expert_mlp(
+        hidden_states if hidden_states.dtype == dtype else hidden_states.to(dtype),
+        gate_up_proj,
+        down_proj,
+        top_k_index,
+        top_k_weights,
+        activation=activation,
+        gate_up_lora=gate_up_lora,
+        down_lora=down_lora,
+        # transformers before this flag marked the picks of other ranks with id num_experts in any model.
+        expert_parallel=getattr(self, "_is_expert_parallel", True),
+        save=record.save,
+        backend=record.backend,
+    )
+    return out if out.dtype == hidden_states.dtype else out.to(hidden_states.dtype)
+
+
+moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def _projection(experts: Any, name: str, lora: Mapping[str, Sequence[Factors]] | None) -> tuple[Tensor, Factors | None]:
+    """A weight of the experts and its low-rank update, of all adapters together."""
+    pairs = list(lora.get(name, ())) if lora else []
+    weight = None
+    if "parametrizations" in experts._modules and name in experts.parametrizations:
+        steps = experts.parametrizations[name]
+        # A LoRA wrapper that runs PEFT's own way leaves its factors here; reading the attribute would build the sum.
+        if all(hasattr(step, "lhs") and hasattr(step, "rhs") and hasattr(step, "scaling") for step in steps):
+            weight = steps.original
+            pairs += [(step.lhs * step.scaling, step.rhs) for step in steps]
+    if weight is None:
+        weight = getattr(experts, name)
+    if not pairs:
+        return weight, None
+    if len(pairs) == 1:
+        return weight, (pairs[0][0].contiguous(), pairs[0][1].contiguous())
+    return weight, (torch.cat([lhs for lhs, _ in pairs], dim=2), torch.cat([rhs for _, rhs in pairs], dim=1))
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` is of a class decorated with transformers' `use_experts_implementation`."""
+    return hasattr(type(module), "_apply_gate") and "is_transposed" in module.__dict__
+
+
+def implementation(module: Any) -> str | None:
+    """The experts implementation that the config of `module` names."""
+    name: str | None = module.config._experts_implementation
+    return name
+
+
+def check_weights(experts: nn.Module, gate_up_proj: Any) -> None:
+    """ValueError if the experts are stored in a dtype that these operators cannot compute in."""
+    if gate_up_proj.dtype not in ops.DTYPES:
+        raise _refusal(experts, f"its gate_up_proj is stored as {gate_up_proj.dtype}")
+
+
+def activation_of(experts: Any) -> str:
+    """The name of the experts' activation; ValueError if these operators cannot serve the module."""
+    # From the activation object, never from the config: Gemma-4 has `hidden_activation` and no `hidden_act`.
+    name = _ACTIVATIONS.get(type(getattr(experts, "act_fn", None)))
+    if (
+        name is not None
+        and experts.has_gate
+        and experts.is_concatenated
+        and not experts.is_transposed
+        and not experts.has_bias
+        and not getattr(experts, "has_post_expert_norm", False)  # a later transformers than the oldest we serve
+        and type(experts)._apply_gate is moe._default_apply_gate
+        and "_apply_gate" not in experts.__dict__
+    ):
+        return name
+    for refused, what in (
+        (experts.has_bias, "its experts have biases"),
+        (experts.is_transposed, "its expert weights are stored transposed"),
+        (not experts.has_gate, "its experts have no gate"),
+        (not experts.is_concatenated, "its gate and up rows are interleaved"),
+        (getattr(experts, "has_post_expert_norm", False), "its experts end in a norm"),
+        (name is not None, "it has a gate of its own (`_apply_gate`)"),
+    ):
+        if refused:
+            raise _refusal(experts, what)
+    raise _refusal(experts, f"its activation is {type(getattr(experts, 'act_fn', None)).__name__}")
+
+
+def _refusal(experts: nn.Module, what: str) -> ValueError:
+    return ValueError(
+        f"model: omnigene_fast cannot run {type(experts).__name__} because {what};"
+        f' call model.set_experts_implementation("{STOCK}").'
+    )

@@ -1,0 +1,96 @@
+"""LoRA on the experts with stock PEFT, `LoraConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"])`.
+
+PEFT wraps the experts in one `ParamWrapper` per parameter, whose forward registers a parametrization; torch evaluates
+it once when it is registered, so the merged weight, of the size of all experts, is built in every forward. A wrapper
+around experts that run on this package gets an instance attribute `forward` that hands its two factors down to
+`experts_forward` instead. Whatever is not a plain sum of active adapters runs PEFT's own way: disabled and merged
+adapters, mixed batches, parameters of another layout.
+"""
+
+import functools
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import ops
+from .experts import NAME, Factors, implementation, is_experts
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether `module` is PEFT's LoRA around a parameter of an experts module."""
+    cls = _wrapper_class()
+    return cls is not None and isinstance(module, cls) and is_experts(_innermost(module, cls))
+
+
+def install(wrapper: nn.Module) -> None:
+    """Give `wrapper` our forward, unless another tool's is there."""
+    slot = "_old_forward" if "_old_forward" in wrapper.__dict__ else "forward"  # behind the accelerate library's hook
+    if slot == "_old_forward" or slot not in wrapper.__dict__ or _is_ours(wrapper.__dict__[slot]):
+        wrapper.__dict__[slot] = functools.partial(_wrapper_forward, wrapper)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Take our forward out of `module`, wherever it is now."""
+    if _is_ours(module.__dict__.get("forward")):
+        del module.__dict__["forward"]
+    if _is_ours(module.__dict__.get("_old_forward")):
+        module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+
+
+@functools.cache
+def watch() -> None:
+    """From now on `install` on every wrapper that is put around experts that run on this package."""
+    nn.modules.module.register_module_module_registration_hook(_on_registration)
+
+
+def _on_registration(module: nn.Module, name: str, submodule: nn.Module) -> None:
+    # torch calls this for every submodule that is assigned anywhere, and the assignment comes after it.
+    cls = _wrapper_class() if name == "base_layer" else None
+    if cls is not None and isinstance(module, cls):
+        base = _innermost(submodule, cls)
+        if is_experts(base) and implementation(base) == NAME:
+            install(module)
+
+
+def _wrapper_class() -> type | None:
+    """PEFT's class if PEFT is imported; None also for a PEFT that cannot adapt parameters."""
+    return getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", None)
+
+
+def _innermost(module: Any, wrapper_class: type) -> nn.Module:
+    while isinstance(module, wrapper_class):
+        module = module.base_layer  # type: ignore[attr-defined]
+    return module
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, functools.partial) and forward.func is _wrapper_forward
+
+
+def _wrapper_forward(wrapper: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`ParamWrapper.forward`, but the factors of active adapters go down to `experts_forward` in the keyword `lora`."""
+    pairs = None if kwargs.get("adapter_names") or wrapper.disable_adapters or wrapper.merged else _factors(wrapper)
+    if pairs is None:
+        return type(wrapper).forward(wrapper, x, *args, **kwargs)
+    kwargs.pop("adapter_names", None)
+    lora = dict(kwargs.pop("lora", {}))
+    lora[wrapper.parameter_name] = [*lora.get(wrapper.parameter_name, ()), *pairs]
+    return wrapper.base_layer(x, *args, lora=lora, **kwargs)
+
+
+def _factors(wrapper: Any) -> list[Factors] | None:
+    """The factors of the active adapters; None if they, or the experts, are not what `experts_forward` takes."""
+    experts = wrapper.get_base_layer()
+    if implementation(experts) != NAME or not hasattr(wrapper, "get_delta_factors"):
+        return None
+    if wrapper.parameter_name not in ("gate_up_proj", "down_proj"):
+        return None
+    weight, pairs = wrapper.get_param(), []
+    for adapter in wrapper.active_adapters:
+        if adapter in wrapper.lora_A:
+            lhs, rhs, scaling = wrapper.get_delta_factors(adapter)
+            if weight.dtype not in ops.DTYPES or (*lhs.shape[:2], rhs.shape[2]) != tuple(weight.shape):
+                return None
+            pairs.append((lhs * scaling, rhs))
+    return pairs
