@@ -16,8 +16,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from omnigene_fast.bench import checks
-from omnigene_fast.bench.providers import OPS, OURS, TRANSFORMERS, Missing, Output, build
-from omnigene_fast.bench.runner import DRAWS, TOKENS, need_memory, projection_copies
+from omnigene_fast.bench.providers import OPS, OURS, OURS_INPUT, TRANSFORMERS, Missing, Output, build
+from omnigene_fast.bench.runner import DRAWS, TOKENS, TRAINING_MODES, TRAINING_TOKENS, need_memory, projection_copies
+from omnigene_fast.bench.training import FALLBACK, TRAINING_OPS
 from omnigene_fast.bench.workloads import MODES, TRUE_SHAPE, Draw, Layer, Shape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,21 +31,26 @@ def layer() -> Layer:
     text = os.environ.get("OMNIGENE_FAST_BENCH_SHAPE")
     shape = Shape(*map(int, text.split(","))) if text else TRUE_SHAPE
     try:
-        need_memory(shape, DTYPE, DEVICE)
+        need_memory(shape, DTYPE, DEVICE, OPS)
     except MemoryError as short:
         pytest.skip(str(short))
     return Layer(shape, DTYPE, DEVICE)
 
 
-@pytest.mark.parametrize("provider_name", [OURS, *TRANSFORMERS])
+@pytest.mark.parametrize("provider_name", [OURS, OURS_INPUT, *TRANSFORMERS, FALLBACK])
 @pytest.mark.parametrize("tokens", TOKENS, ids=lambda tokens: f"T{tokens}")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("op", OPS)
 def test_op(benchmark: BenchmarkFixture, layer: Layer, op: str, mode: str, tokens: int, provider_name: str) -> None:
     """One provider of one operation, the routing redrawn on each call."""
-    if op == "route" and (mode != MODES[0] or provider_name not in (OURS, "eager")):
-        pytest.skip("the router does not depend on the mode, and transformers has one")
-    (provider,) = build(op, layer, (provider_name,))
+    if op == "route" and mode != MODES[0]:
+        pytest.skip("the router does not depend on the mode")
+    if op in TRAINING_OPS and (mode not in TRAINING_MODES or tokens not in TRAINING_TOKENS):
+        pytest.skip("forward and backward run in fewer cases")
+    built = build(op, layer, (provider_name,))
+    if not built:
+        pytest.skip(f"{provider_name} does not have {op}")
+    (provider,) = built
     assert not isinstance(provider, Missing)
     if reason := provider.skipped(tokens):
         pytest.skip(reason)
@@ -54,7 +60,7 @@ def test_op(benchmark: BenchmarkFixture, layer: Layer, op: str, mode: str, token
 
     def setup() -> tuple[tuple, dict]:
         draw, proj = next(turns)
-        provider.use_proj(proj)
+        provider.prepare(proj)
         return (draw,), {}
 
     def call(draw: Draw) -> Output:
@@ -63,15 +69,13 @@ def test_op(benchmark: BenchmarkFixture, layer: Layer, op: str, mode: str, token
             torch.cuda.synchronize()
         return out
 
-    rows = checks.sample(tokens)
-    expected = checks.truth(op, layer, draws[0], copies[0], rows)
-    error = []
+    picked = checks.sample(layer, draws[0])
+    expected = checks.truth(op, layer, draws[0], copies[0], picked)
     with torch.no_grad():
-        for each in (provider, build(op, layer, ("eager",))[0]):
-            assert not isinstance(each, Missing)
-            each.use_proj(copies[0])
-            error.append(checks.errors(op, layer, each.call(draws[0]), expected, rows))
-        assert checks.passes(error[0], error[1], DTYPE), error
+        eager = checks.eager_errors(op, layer, draws[0], copies[0], expected, picked)
+        provider.prepare(copies[0])
+        error = checks.errors(op, layer, provider.call(draws[0]), expected, picked)
+        assert checks.passes(error, eager, DTYPE), (error, eager)
         benchmark.group = f"{op} {mode} T={tokens}"
-        benchmark.extra_info["error"] = max(error[0].values())
+        benchmark.extra_info["error"] = max(error.values())
         benchmark.pedantic(call, setup=setup, rounds=DRAWS, warmup_rounds=1)

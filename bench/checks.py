@@ -2,31 +2,47 @@
 
 Criterion, per tensor: ‖out - truth‖ / ‖truth‖ at most twice the same figure of transformers' eager path in the same
 dtype, plus a floor of 1e-6 in float32. The bench's tokens keep a distance between their 8th and 9th logit, so the sets
-of experts must be equal.
+of experts must be equal. Gradients are tensors like the output; `gradients.py` has their truth.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from omnigene_fast import reference
 
-from .providers import Output, truth_norm
+from . import gradients
+from .providers import Output, Provider, build, truth_norm
+from .training import TRAINING_OPS
 from .workloads import EPS, Draw, Layer
 
 SAMPLE = 8  # tokens compared per case: at most 64 experts are widened to float64
 FACTOR = 2.0
 
 
-def sample(tokens: int) -> Tensor:
-    """Up to `SAMPLE` token numbers, spread evenly with both ends."""
-    return torch.linspace(0, tokens - 1, min(tokens, SAMPLE)).round().long().unique()
+class Sample(NamedTuple):
+    """What of a case is compared: tokens, and for gradients of weights the experts, visited and not."""
+
+    rows: Tensor
+    experts: Tensor
+    empty: Tensor
 
 
-def truth(op: str, layer: Layer, draw: Draw, proj: Tensor, rows: Tensor) -> dict[str, Tensor]:
-    """The float64 result of `op` for the tokens `rows` of `draw`, as a dict of tensors by name."""
-    rows = rows.to(draw.hidden.device)
+def sample(layer: Layer, draw: Draw) -> Sample:
+    """Up to `SAMPLE` token numbers, spread evenly with both ends, and a few experts."""
+    tokens = len(draw.index)
+    rows = torch.linspace(0, tokens - 1, min(tokens, SAMPLE)).round().long().unique()
+    return Sample(rows, *gradients.sample_experts(draw.index, layer.shape.E))
+
+
+def truth(op: str, layer: Layer, draw: Draw, proj: Tensor, picked: Sample) -> dict[str, Tensor]:
+    """The float64 result of `op` for what is `picked` of `draw`, as a dict of tensors by name."""
+    if op in TRAINING_OPS:
+        expected = gradients.truth(op, layer, draw, picked.rows, picked.experts)
+        return _with_empty(op, expected, picked)
+    rows = picked.rows.to(draw.hidden.device)
     if op == "experts":
         out = _experts(layer, draw.normed[rows].double(), draw.index[rows], draw.weights[rows].double())
         return {"out": out}
@@ -44,23 +60,45 @@ def truth(op: str, layer: Layer, draw: Draw, proj: Tensor, rows: Tensor) -> dict
     return {"out": _experts(layer, truth_norm(layer, hidden), index, weights)}
 
 
-def errors(op: str, layer: Layer, output: Output, expected: dict[str, Tensor], rows: Tensor) -> dict[str, float]:
-    """Relative error of each tensor of `output` at the tokens `rows`; infinite where shape or finiteness is wrong."""
+def errors(op: str, layer: Layer, output: Output, expected: dict[str, Tensor], picked: Sample) -> dict[str, float]:
+    """Relative error of each tensor of `output` where it is compared; infinite where shape or finiteness is wrong."""
     found: dict[str, Tensor]
-    if op == "route":
+    if op in TRAINING_OPS:
+        assert isinstance(output, dict)
+        found = gradients.taken(layer, output, *picked)
+    elif op == "route":
         assert isinstance(output, tuple)
-        probabilities, weights, index = (tensor[rows.to(tensor.device)] for tensor in output)
+        probabilities, weights, index = (tensor[picked.rows.to(tensor.device)] for tensor in output)
         found = {"probabilities": probabilities, "weights": _dense(weights, index, layer.shape.E)}
     else:
         assert isinstance(output, Tensor)
-        found = {"out": output[rows.to(output.device)]}
+        found = {"out": output[picked.rows.to(output.device)]}
     return {name: _relative(found[name], expected[name]) for name in expected}
+
+
+def eager_errors(
+    op: str, layer: Layer, draw: Draw, proj: Tensor, expected: dict[str, Tensor], picked: Sample
+) -> dict[str, float]:
+    """The errors of transformers' eager path in the layer's dtype: what the criterion measures others by."""
+    if op in TRAINING_OPS:
+        found: dict[str, Any] = gradients.eager(op, layer, draw, picked.rows, picked.experts)
+        found = _with_empty(op, found, picked)
+        return {name: _relative(found[name], expected[name]) for name in expected}
+    (provider,) = build(op, layer, ("eager",))
+    assert isinstance(provider, Provider)
+    provider.prepare(proj)
+    return errors(op, layer, provider.call(draw), expected, picked)
 
 
 def passes(error: dict[str, float], eager: dict[str, float], dtype: torch.dtype) -> bool:
     """Whether every error is within the criterion, given those of transformers' eager path."""
     floor = 1e-6 if dtype == torch.float32 else 0.0
     return all(error[name] <= FACTOR * eager[name] + floor for name in eager)
+
+
+def _with_empty(op: str, tensors: dict[str, Tensor], picked: Sample) -> dict[str, Tensor]:
+    """With the gradient of the experts that nobody visits: one zero stands for all of it."""
+    return tensors if op == "experts_frozen" or not len(picked.empty) else tensors | {"d_empty": torch.zeros(1)}
 
 
 def _experts(layer: Layer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -87,5 +125,6 @@ def _dense(weights: Tensor, index: Tensor, experts: int) -> Tensor:
 def _relative(found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         return math.inf
-    error = ((found.double() - expected).norm() / expected.norm()).item()
+    off, norm = (found.double() - expected).norm().item(), expected.norm().item()
+    error = off / norm if norm else math.inf if off else 0.0  # where nothing belongs, nothing may be
     return error if math.isfinite(error) else math.inf

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from omnigene_fast import backends
 
+from .training import RANKS, TRAINING_OPS
 from .workloads import Draw, Shape
 
 _PROBE_BYTES = 256 << 20
@@ -41,12 +42,25 @@ def work(op: str, shape: Shape, draw: Draw, dtype: torch.dtype) -> Work:
     route    bytes: projection, hidden states, probabilities and picks; FLOPs: 2·T·E·H
     experts  bytes: the hit experts' weights; FLOPs: 6·T·K·H·I (activations are left out: they may stay in cache)
     block    the sum, the router's activations left out too
+
+    A forward and backward of the experts, activations and saved tensors left out as in `experts`:
+
+    experts_frozen  bytes: the hit experts' weights twice, once for each direction; FLOPs: 2 · 6·T·K·H·I
+    experts_full    also the gradient of all E experts, written once; FLOPs: 3 · 6·T·K·H·I
+    experts_lora    as experts_frozen, with the hit experts' factors (r rows of 2H + 3I each) read twice and the
+                    gradient of all E experts' factors written once; FLOPs: also 3 · 2·T·K·r·(2H + 3I)
     """
     tokens, size = len(draw.index), dtype.itemsize
     hit = len(draw.index.unique())
     experts = Work(hit * shape.expert_bytes(dtype), 6.0 * tokens * shape.K * shape.H * shape.I)
     if op == "experts":
         return experts
+    if op in TRAINING_OPS:
+        twice = Work(2 * experts.bytes, 2 * experts.flops)
+        if op == "experts_full":
+            return Work(twice.bytes + shape.layer_bytes(dtype), 3 * experts.flops)
+        factors = RANKS.get(op, 0) * (2 * shape.H + 3 * shape.I)  # elements per expert
+        return Work(twice.bytes + (2 * hit + shape.E) * factors * size, twice.flops + 6.0 * tokens * shape.K * factors)
     proj = shape.E * shape.H * size
     flops = 2.0 * tokens * shape.E * shape.H
     if op == "route":

@@ -1,17 +1,23 @@
-"""Time against tokens, log-log, one panel per operation and routing mode, with the floor."""
+"""Time against tokens, log-log, one panel per operation and routing mode, with the floor.
+
+Forward operations and those with a backward have a picture each.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from .providers import NAMES, OURS
+from .providers import NAMES, OURS, OURS_INPUT
 from .runner import Row
+from .training import FALLBACK, TRAINING_OPS
 
 # Okabe-Ito colours: apart for colour-blind readers; markers tell the providers apart without colour.
 STYLES = {
     OURS: ("#D55E00", "o", 2.4),
+    OURS_INPUT: ("#F0A060", "h", 1.8),
     "eager": ("#0072B2", "s", 1.4),
     "grouped_mm": ("#009E73", "^", 1.4),
     "batched_mm": ("#CC79A7", "v", 1.4),
+    FALLBACK: ("#000000", "x", 1.4),
     "liger": ("#E69F00", "D", 1.4),
     "scattermoe": ("#56B4E9", "P", 1.4),
     "sonicmoe": ("#8C6D31", "X", 1.4),
@@ -19,12 +25,24 @@ STYLES = {
 }
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Write a PNG of `rows` to `path`. Wrong, failed and skipped providers have no line.
+def plot(rows: list[Row], path: Path) -> list[Path]:
+    """Write PNGs of `rows` to `path` and, if a backward was measured, to `<stem>-training.png` beside it.
+
+    Wrong, failed and skipped providers have no line. Returns what was written.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
+    training = [row for row in rows if row["op"] in TRAINING_OPS]
+    forward = [row for row in rows if row["op"] not in TRAINING_OPS]
+    pictures = [(forward, path), (training, path.with_name(f"{path.stem}-training.png"))]
+    for mine, where in pictures:
+        if mine:
+            _picture(mine, where)
+    return [where for mine, where in pictures if mine]
+
+
+def _picture(rows: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

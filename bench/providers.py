@@ -1,6 +1,6 @@
 """Who is measured: omnigene_fast, its reference, transformers' own paths, and on a GPU the published kernels.
 
-A provider computes one of three operations from a `Draw`:
+A provider computes an operation from a `Draw`; those with a backward are in `training.py`:
 
     route    (probabilities [T, E], weights [T, K], index [T, K]) of `draw.hidden`
     experts  [T, H] of `draw.normed`, `draw.index`, `draw.weights`
@@ -9,7 +9,6 @@ A provider computes one of three operations from a `Draw`:
 All providers of a layer share its weights' storage.
 """
 
-import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,21 +20,24 @@ from torch import Tensor, nn
 
 from omnigene_fast import ops, reference
 
+from .training import FALLBACK, OURS_SAVE, STOCK, TRAINING_OPS, calls, eager_limit, stock_experts
 from .workloads import EPS, Draw, Layer
 
-OPS = ("route", "experts", "block")
-OURS, REFERENCE = "omnigene_fast", "reference"
+FORWARD_OPS = ("route", "experts", "block")
+OPS = (*FORWARD_OPS, *TRAINING_OPS)
+OURS, OURS_INPUT = OURS_SAVE
+REFERENCE = "reference"
 TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
 GPU_ONLY = {
     "liger": "liger_kernel",
     "scattermoe": "scattermoe",
     "sonicmoe": "kernels",  # the PyPI package through which transformers loads sonic-moe
 }
-NAMES = (OURS, *TRANSFORMERS, *GPU_ONLY, REFERENCE)
+NAMES = (OURS, OURS_INPUT, *TRANSFORMERS, FALLBACK, *GPU_ONLY, REFERENCE)
 # transformers copies gate_up and down once per (token, expert): 8 GB at 64 tokens of the true shape.
 BATCHED_MM_MAX_TOKENS = 16
 
-Output = Tensor | tuple[Tensor, Tensor, Tensor]
+Output = Tensor | tuple[Tensor, Tensor, Tensor] | dict[str, Tensor]
 
 
 def _ignore(proj: Tensor) -> None:
@@ -44,11 +46,11 @@ def _ignore(proj: Tensor) -> None:
 
 @dataclass
 class Provider:
-    """`call` is what is timed; `use_proj` takes a copy of the router's projection, untimed."""
+    """`call` is what is timed; `prepare` comes before each call, untimed, with a copy of the router's projection."""
 
     name: str
     call: Callable[[Draw], Output]
-    use_proj: Callable[[Tensor], None] = _ignore
+    prepare: Callable[[Tensor], None] = _ignore
     note: str = ""
     max_tokens: int | None = None
     skip_reason: str = ""
@@ -79,7 +81,8 @@ class _Router:
 def build(op: str, layer: Layer, names: tuple[str, ...] = NAMES, backend: str = "auto") -> list[Provider | Missing]:
     """The providers `names` of `op` on `layer`, in that order; those of the GPU are left out on a CPU.
 
-    `route` has one provider of transformers, "eager" (its experts implementations share the router).
+    `route` has one provider of transformers, "eager" (its experts implementations share the router). The operations
+    with a backward have ours in both memory modes, eager, grouped_mm and its fallback.
     """
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}.")
@@ -88,16 +91,30 @@ def build(op: str, layer: Layer, names: tuple[str, ...] = NAMES, backend: str = 
         raise ValueError(f"providers: expected some of {', '.join(NAMES)}, got {unknown[0]!r}.")
     built: list[Provider | Missing] = []
     for name in names:
-        if name == OURS:
+        if op in TRAINING_OPS:
+            if name in OURS_SAVE or name in STOCK:
+                built.append(_training(op, layer, name, backend))
+        elif name == OURS:
             built.append(_ours(op, layer, backend))
         elif name == REFERENCE:
             built.append(_reference(op, layer))
         elif name in TRANSFORMERS:
             if op != "route" or name == "eager":
                 built.append(_transformers(op, layer, name))
-        elif op != "route" and layer.device.type == "cuda":
+        elif name in GPU_ONLY and op != "route" and layer.device.type == "cuda":
             built.append(_gpu(op, layer, name))
     return built
+
+
+def _training(op: str, layer: Layer, name: str, backend: str) -> Provider:
+    call, before = calls(op, layer, name, backend)
+    provider = Provider(name, call, lambda proj: before())
+    if name == "eager":
+        provider.max_tokens = eager_limit(op, layer)
+        provider.skip_reason = "fills a zero gradient of the whole layer for every expert that is hit: not run"
+        if provider.max_tokens:
+            provider.skip_reason += f" above {provider.max_tokens} tokens"
+    return provider
 
 
 def _ours(op: str, layer: Layer, backend: str) -> Provider:
@@ -130,12 +147,12 @@ def _reference(op: str, layer: Layer) -> Provider:
 
 def _transformers(op: str, layer: Layer, implementation: str) -> Provider:
     """The real Gemma4TextRouter, Gemma4RMSNorm and Gemma4TextExperts."""
-    router, norm, experts = _stock_router(layer), _stock_norm(layer), _stock_experts(layer, implementation)
+    router, norm, experts = _stock_router(layer), _stock_norm(layer), stock_experts(layer, implementation)
 
-    def use_proj(proj: Tensor) -> None:
+    def prepare(proj: Tensor) -> None:
         router.proj.weight.data = proj
 
-    provider = _provider(op, implementation, lambda draw: router(draw.hidden), norm, experts, use_proj)
+    provider = _provider(op, implementation, lambda draw: router(draw.hidden), norm, experts, prepare)
     if implementation == "batched_mm":
         provider.max_tokens = BATCHED_MM_MAX_TOKENS
         provider.skip_reason = (
@@ -150,18 +167,18 @@ def _provider(
     route: Callable[[Draw], tuple[Tensor, Tensor, Tensor]],
     norm: Callable[[Tensor], Tensor],
     experts: Callable[[Tensor, Tensor, Tensor], Tensor],
-    use_proj: Callable[[Tensor], None],
+    prepare: Callable[[Tensor], None],
 ) -> Provider:
     def block(draw: Draw) -> Tensor:
         _, weights, index = route(draw)
         return experts(norm(draw.hidden), index, weights)
 
-    calls: dict[str, Callable[[Draw], Output]] = {
+    by_op: dict[str, Callable[[Draw], Output]] = {
         "route": route,
         "experts": lambda draw: experts(draw.normed, draw.index, draw.weights),
         "block": block,
     }
-    return Provider(name, calls[op], use_proj)
+    return Provider(name, by_op[op], prepare)
 
 
 def _gpu(op: str, layer: Layer, name: str) -> Provider | Missing:
@@ -179,10 +196,10 @@ def _gpu(op: str, layer: Layer, name: str) -> Provider | Missing:
         return Missing(name, f"{type(error).__name__}: {error}")
     router = _stock_router(layer)
 
-    def use_proj(proj: Tensor) -> None:
+    def prepare(proj: Tensor) -> None:
         router.proj.weight.data = proj
 
-    provider = _provider(op, name, lambda draw: router(draw.hidden), _stock_norm(layer), experts, use_proj)
+    provider = _provider(op, name, lambda draw: router(draw.hidden), _stock_norm(layer), experts, prepare)
     provider.note = note
     return provider
 
@@ -212,35 +229,15 @@ def _scattermoe(layer: Layer) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor
     return experts, "needs its own copy of gate_up_proj"
 
 
-def _config(layer: Layer) -> Any:
-    from transformers import Gemma4TextConfig
-
-    shape = layer.shape
-    return Gemma4TextConfig(
-        hidden_size=shape.H,
-        moe_intermediate_size=shape.I,
-        num_experts=shape.E,
-        top_k_experts=shape.K,
-        rms_norm_eps=EPS,
-        enable_moe_block=True,
-    )
-
-
-def _stock_experts(layer: Layer, implementation: str) -> nn.Module:
-    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
-
-    config = copy.deepcopy(_config(layer))
-    config._experts_implementation = implementation
-    with torch.device("meta"):
-        module = Gemma4TextExperts(config)
-    module.gate_up_proj, module.down_proj = _frozen(layer.gate_up), _frozen(layer.down)
-    return module.eval()
-
-
 def _stock_router(layer: Layer) -> Any:
+    from transformers import Gemma4TextConfig
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 
-    module = Gemma4TextRouter(_config(layer)).to(layer.device, layer.dtype)
+    shape = layer.shape
+    config = Gemma4TextConfig(
+        hidden_size=shape.H, num_experts=shape.E, top_k_experts=shape.K, rms_norm_eps=EPS, enable_moe_block=True
+    )
+    module = Gemma4TextRouter(config).to(layer.device, layer.dtype)
     module.scale, module.per_expert_scale = _frozen(layer.scale), _frozen(layer.per_expert_scale)
     return module.eval().requires_grad_(False)
 

@@ -1,16 +1,19 @@
 """Measures providers side by side: checked first, then in interleaved rounds A B C A B C ..., in a fixed order.
 
+Where a backward is measured, every provider's peak memory is taken in a call of its own, between check and rounds.
+
 Bandwidth and peak are probed before, between (every `PROBE_EVERY` seconds) and after the rounds of a case; the floor
 uses the medians. Providers run in the order of their list, which is the order of the rows; within a round each takes
 another draw, so that none finds its expert weights in the cache because the one before it has just read them, and over
 the rounds all see the same draws. The router's projection is one of many equal copies, more than the cache holds.
 """
 
+import functools
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,17 @@ from torch import Tensor
 
 from . import checks
 from .floors import Probe, synchronize, work
-from .providers import NAMES, OPS, OURS, REFERENCE, Missing, Provider, build
+from .memory import peak_bytes
+from .providers import FORWARD_OPS, NAMES, OPS, OURS, OURS_INPUT, REFERENCE, Missing, Provider, build
+from .training import TRAINING_OPS
 from .workloads import MODES, TRUE_SHAPE, Draw, Layer, Shape
 
 Row = dict[str, Any]
 DRAWS = 8
 PROBE_EVERY = 0.3  # seconds: memory bandwidth drifts with the neighbours, and a floor is as good as its probe
 TOKENS = (1, 4, 16, 64, 256, 1024)
+TRAINING_TOKENS = (16, 256, 1024)
+TRAINING_MODES = ("uniform", "protein")
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,14 @@ class Settings:
     """What `run` measures.
 
     `seconds` is the time per case (op, mode, T) after the check; it grows up to fourfold to reach `min_rounds` rounds,
-    and a case has at least three.
+    and a case has at least three. `tokens` and `modes` are those of the forward operations.
     """
 
     ops: tuple[str, ...] = OPS
     tokens: tuple[int, ...] = TOKENS
     modes: tuple[str, ...] = MODES
+    training_tokens: tuple[int, ...] = TRAINING_TOKENS
+    training_modes: tuple[str, ...] = TRAINING_MODES
     providers: tuple[str, ...] = NAMES
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -53,23 +62,26 @@ class Settings:
         for name, values, known in (
             ("op", self.ops, OPS),
             ("mode", self.modes, MODES),
+            ("mode", self.training_modes, MODES),
             ("provider", self.providers, NAMES),
         ):
             wrong = [value for value in values if value not in known]
             if wrong or not values:
                 got = repr(wrong[0]) if wrong else "none"
                 raise ValueError(f"{name}: expected some of {', '.join(known)}, got {got}.")
-        if not self.tokens or min(self.tokens) < 1:
-            raise ValueError(f"tokens: expected numbers >= 1, got {list(self.tokens)}.")
+        for tokens in (self.tokens, self.training_tokens):
+            if not tokens or min(tokens) < 1:
+                raise ValueError(f"tokens: expected numbers >= 1, got {list(tokens)}.")
 
     def cases(self) -> list[tuple[str, str, int]]:
         """(op, mode, T) in the order they are measured; the router does not depend on the mode and runs in one."""
-        return [
-            (op, mode, tokens)
-            for op in self.ops
-            for mode in (self.modes[:1] if op == "route" else self.modes)
-            for tokens in self.tokens
-        ]
+        found = []
+        for op in self.ops:
+            modes, counts = self.modes, self.tokens
+            if op in TRAINING_OPS:
+                modes, counts = self.training_modes, self.training_tokens
+            found += [(op, mode, tokens) for mode in (modes[:1] if op == "route" else modes) for tokens in counts]
+        return found
 
 
 def run(
@@ -94,7 +106,7 @@ def run(
     Raises:
         MemoryError: the layer does not fit in memory.
     """
-    need_memory(settings.shape, settings.dtype, settings.device)
+    need_memory(settings.shape, settings.dtype, settings.device, set(settings.ops))
     layer = Layer(settings.shape, settings.dtype, settings.device)
     probe = probe or Probe(settings.device, settings.dtype)
     rows: list[Row] = []
@@ -118,36 +130,36 @@ def measure(
 ) -> list[Row]:
     """Check and time the providers of one case; rows with their floor and ratios."""
     draws = list(layer.draws(mode, tokens, DRAWS))
-    copies = projection_copies(layer.projection(mode), layer.device) if op != "experts" else [layer.projection(mode)]
+    routed = op in ("route", "block")
+    copies = projection_copies(layer.projection(mode), layer.device) if routed else [layer.projection(mode)]
     status: dict[str, tuple[str, str]] = {}
     error: dict[str, dict[str, float]] = {}
     ready: list[Provider] = []
-    rows_checked = checks.sample(tokens)
-    expected = checks.truth(op, layer, draws[0], copies[0], rows_checked)
-    eager = _checked(op, layer, build(op, layer, ("eager",))[0], draws[0], copies[0], expected, rows_checked)[0]
+    peaks: dict[str, int | None] = {}
+    picked = checks.sample(layer, draws[0])
+    expected = checks.truth(op, layer, draws[0], copies[0], picked)
+    eager = checks.eager_errors(op, layer, draws[0], copies[0], expected, picked)
     for provider in built:
         if isinstance(provider, Missing):
             status[provider.name] = ("missing", provider.reason)
         elif reason := provider.skipped(tokens):
             status[provider.name] = ("skipped", reason)
         else:
-            error[provider.name], crash = _checked(op, layer, provider, draws[0], copies[0], expected, rows_checked)
+            error[provider.name], crash = _checked(op, layer, provider, draws[0], copies[0], expected, picked)
             if crash:
                 status[provider.name] = ("failed", crash)
             elif checks.passes(error[provider.name], eager, layer.dtype):
                 status[provider.name] = ("ok", provider.note)
                 ready.append(provider)
+                if op in TRAINING_OPS:
+                    peaks[provider.name] = peak_bytes(functools.partial(provider.call, draws[0]), layer.device)
             else:
                 status[provider.name] = ("wrong", provider.note or "its error is more than twice transformers' eager")
     times = _interleaved(ready, draws, copies, probe, settings)
     works = [work(op, layer.shape, draw, layer.dtype) for draw in draws]
     floor = statistics.median(each.floor_ms(probe.bandwidth, probe.peak) for each in works)
-    case = {
-        "op": op,
-        "mode": mode,
-        "tokens": tokens,
-        "dtype": str(layer.dtype).removeprefix("torch."),
-        "shape": [layer.shape.H, layer.shape.I, layer.shape.E, layer.shape.K],
+    case = {"op": op, "mode": mode, "tokens": tokens} | setting(layer.shape, layer.dtype)
+    case |= {
         "floor_ms": _digits(floor),
         "bound": works[0].bound(probe.bandwidth, probe.peak),
         "bandwidth_gb_s": _digits(probe.bandwidth),
@@ -159,15 +171,24 @@ def measure(
         case | _row(provider.name, status[provider.name], error.get(provider.name), times.get(provider.name), floor)
         for provider in built
     ]
+    for row in rows:
+        if op in TRAINING_OPS:
+            peak = peaks.get(row["provider"])
+            row["peak_mb"] = None if peak is None else _digits(peak / 1e6)
     best = min((row["p50_ms"] for row in rows if is_peer(row) and row["p50_ms"]), default=None)
     for row in rows:
         row["best_peer_over_this"] = _digits(best / row["p50_ms"]) if best and row["p50_ms"] else None
     return rows
 
 
+def setting(shape: Shape, dtype: torch.dtype) -> Row:
+    """The layer as a row names it."""
+    return {"dtype": str(dtype).removeprefix("torch."), "shape": [shape.H, shape.I, shape.E, shape.K]}
+
+
 def is_peer(row: Row) -> bool:
     """Whether a row belongs to somebody else's implementation that gave the right numbers."""
-    return row["provider"] not in (OURS, REFERENCE) and row["status"] == "ok"
+    return row["provider"] not in (OURS, OURS_INPUT, REFERENCE) and row["status"] == "ok"
 
 
 def _row(
@@ -184,12 +205,18 @@ def _row(
 
 
 def _checked(
-    op: str, layer: Layer, provider: Any, draw: Draw, proj: Tensor, expected: dict[str, Tensor], rows: Tensor
+    op: str,
+    layer: Layer,
+    provider: Any,
+    draw: Draw,
+    proj: Tensor,
+    expected: dict[str, Tensor],
+    picked: checks.Sample,
 ) -> tuple[dict[str, float], str]:
     """Errors of one call and, if it raised, the sentence."""
     try:
-        provider.use_proj(proj)
-        return checks.errors(op, layer, provider.call(draw), expected, rows), ""
+        provider.prepare(proj)
+        return checks.errors(op, layer, provider.call(draw), expected, picked), ""
     except Exception as crash:  # any provider may fail in its own way: that is a result, not the end of the run
         lines = str(crash).strip().splitlines() or [""]
         return dict.fromkeys(expected, math.inf), f"{type(crash).__name__}: {lines[0][:200]}"
@@ -213,7 +240,7 @@ def _interleaved(
                 break
             for place, provider in enumerate(ready):
                 draw = draws[(turn + place * max(1, len(draws) // len(ready))) % len(draws)]
-                provider.use_proj(copies[calls % len(copies)])
+                provider.prepare(copies[calls % len(copies)])
                 calls += 1
                 times[provider.name].append(_time(provider, draw, settings.device))
             if time.perf_counter() - probed > PROBE_EVERY:
@@ -235,8 +262,10 @@ def _time(provider: Provider, draw: Draw, device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return start.elapsed_time(end)
     begin = time.perf_counter()
-    provider.call(draw)
-    return (time.perf_counter() - begin) * 1e3
+    result = provider.call(draw)
+    elapsed = time.perf_counter() - begin
+    del result  # giving back a layer's gradient takes time that is not the call's
+    return elapsed * 1e3
 
 
 def percentile(values: list[float], percent: float) -> float:
@@ -259,9 +288,14 @@ def last_level_cache(device: torch.device) -> int:
     return min(max(found, default=64 << 20), 256 << 20)
 
 
-def need_memory(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise MemoryError, in one sentence, unless the layer and batched_mm's copies fit."""
-    need = 2 * shape.layer_bytes(dtype) + (1 << 30)
+def need_memory(shape: Shape, dtype: torch.dtype, device: torch.device, ops: Collection[str] = FORWARD_OPS) -> None:
+    """Raise MemoryError, in one sentence, unless the layer and its peers' copies fit.
+
+    batched_mm copies about a layer; a backward of transformers or PEFT makes up to three: a merged weight, its
+    gradient, and one of them again.
+    """
+    layers = 5 if set(ops) & set(TRAINING_OPS) else 2
+    need = layers * shape.layer_bytes(dtype) + (1 << 30)
     free = available_memory(device)
     if free is not None and free < need:
         raise MemoryError(
@@ -286,4 +320,17 @@ def _digits(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-__all__ = ["Layer", "Row", "Settings", "measure", "need_memory", "run", "synchronize"]
+__all__ = [
+    "FORWARD_OPS",
+    "MODES",
+    "NAMES",
+    "OPS",
+    "TRAINING_OPS",
+    "Layer",
+    "Row",
+    "Settings",
+    "measure",
+    "need_memory",
+    "run",
+    "synchronize",
+]

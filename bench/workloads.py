@@ -14,6 +14,7 @@ Effective experts are exp(entropy in nats) of the experts' share of all picks.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ TRUE_SHAPE = Shape()  # one layer of Gemma-4-26B-A4B: 1.52 GB in bfloat16
 class Draw:
     """One call's inputs; every provider sees the same draws, in another order."""
 
-    hidden: Tensor  # [T, H], the residual
+    hidden: Tensor  # [T, H], the residual; where a backward is measured, the gradient of the output
     normed: Tensor  # [T, H], what the experts read
     index: Tensor  # [T, K] int64
     weights: Tensor  # [T, K] float32
@@ -74,10 +75,12 @@ class Layer:
         noise: [E, H] float32, the part of the router's projection that does not depend on the routing mode.
         direction: [H] float32 unit vector along which every hidden state carries the mode's biases.
         scale, norm: [H]; per_expert_scale: [E].
+        adapters: LoRA modules on these weights by rank, made by `training.adapted` when first asked for.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
+        self.adapters: dict[int, Any] = {}
         generator = torch.Generator().manual_seed(seed)
         self.gate_up = torch.empty(shape.E, 2 * shape.I, shape.H, dtype=dtype, device=device)
         self.down = torch.empty(shape.E, shape.H, shape.I, dtype=dtype, device=device)

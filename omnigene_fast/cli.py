@@ -75,9 +75,14 @@ def demo(path: str | None, device: str, threads: int | None, true_shape: bool) -
 
 @main.command()
 @click.option("--quick", is_flag=True, help="Three token counts, two routing modes, few rounds: under two minutes.")
-@click.option("--op", "ops", help="Comma-separated: route, experts, block.  [default: all]")
-@click.option("--tokens", help="Comma-separated token counts.  [default: 1,4,16,64,256,1024]")
-@click.option("--modes", help="Comma-separated: uniform, natural, protein.  [default: all]")
+@click.option(
+    "--op",
+    "ops",
+    help="Comma-separated: route, experts, block, experts_frozen, experts_full, experts_lora16, experts_lora64; or"
+    " forward (the first three), training (the others).  [default: all]",
+)
+@click.option("--tokens", help="Comma-separated token counts.  [default: 1,4,16,64,256,1024; training 16,256,1024]")
+@click.option("--modes", help="Comma-separated: uniform, natural, protein.  [default: all; training uniform,protein]")
 @click.option("--providers", help="Comma-separated names.  [default: all that run here]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
 @click.option("--shape", help="H,I,E,K of the layer.  [default: 2816,704,128,8, one layer of Gemma-4-26B-A4B]")
@@ -88,6 +93,7 @@ def demo(path: str | None, device: str, threads: int | None, true_shape: bool) -
 @click.option(
     "--out", type=click.Path(path_type=Path), help="JSON rows; the plot goes beside it.  [default: ./DEVICE.json]"
 )
+@click.option("--merge", is_flag=True, help="Keep the other cases of the file at --out.")
 @sentence
 def bench(
     quick: bool,
@@ -102,8 +108,9 @@ def bench(
     device: str,
     backend: str,
     out: Path | None,
+    merge: bool,
 ) -> None:
-    """Time router, experts and block against transformers' own paths and the physical floor.
+    """Time router, experts, block and the experts' backward against transformers, PEFT and the physical floor.
 
     Every provider is first checked against float64; a wrong one is shown as wrong, not as fast.
 
@@ -111,6 +118,7 @@ def bench(
     Example:
       omnigene-fast bench --quick
       omnigene-fast bench --op experts --tokens 1,16 --modes uniform --out rows.json
+      omnigene-fast bench --op training --out rows.json --merge
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -120,10 +128,13 @@ def bench(
 
     torch_device = _device(device)
     _threads(threads)
+    groups = {"forward": runner.FORWARD_OPS, "training": runner.TRAINING_OPS}
     settings = runner.Settings(
-        ops=_words(ops, runner.OPS),
+        ops=tuple(op for word in _words(ops, runner.OPS) for op in groups.get(word, (word,))),
         tokens=_numbers("tokens", tokens, (1, 16, 256) if quick else runner.TOKENS),
         modes=_words(modes, ("uniform", "protein") if quick else runner.MODES),
+        training_tokens=_numbers("tokens", tokens, (16,) if quick else runner.TRAINING_TOKENS),
+        training_modes=_words(modes, ("uniform",) if quick else runner.TRAINING_MODES),
         providers=_words(providers, runner.NAMES),
         dtype=_dtype(dtype),
         device=torch_device,
@@ -137,7 +148,9 @@ def bench(
         out /= f"{information.slug(torch_device)}.json"
     if not out.parent.is_dir():
         raise ValueError(f"--out: expected a file in an existing directory, got {out}.")
+    before = report.load(out) if merge and out.exists() else []
     environment = information.environment(torch_device, settings.dtype, backend)
+    report.check_mergeable(before, environment | runner.setting(settings.shape, settings.dtype))
     with tqdm(total=len(settings.cases()), unit="case") as bar:
 
         def progress(case: str) -> None:
@@ -145,13 +158,14 @@ def bench(
             bar.update()
 
         rows = runner.run(settings, environment, progress)
-    report.save(rows, out)
+    kept = report.merged(before, rows)
+    report.save(kept, out)
     click.echo(report.console(rows))
     lost = report.losses(rows)
     click.echo("where we lose\n" + "\n".join(f"  {line}" for line in lost or ["nowhere in these rows"]))
     try:
-        plot.plot(rows, out.with_suffix(".png"))
-        click.echo(f"\nrows: {out}\nplot: {out.with_suffix('.png')}")
+        plots = plot.plot(kept, out.with_suffix(".png"))
+        click.echo(f"\nrows: {out}\nplot: {', '.join(map(str, plots))}")
     except ImportError:
         click.echo(f"\nrows: {out}\nplot: none, matplotlib is not installed (pip install 'omnigene-fast[bench]')")
 

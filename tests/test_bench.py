@@ -8,7 +8,16 @@ import torch
 
 from omnigene_fast.bench import checks, plot, report, runner
 from omnigene_fast.bench.floors import Probe, work
-from omnigene_fast.bench.providers import NAMES, OURS, REFERENCE, TRANSFORMERS, Missing, Provider, build
+from omnigene_fast.bench.providers import (
+    FORWARD_OPS,
+    NAMES,
+    OURS,
+    REFERENCE,
+    TRANSFORMERS,
+    Missing,
+    Provider,
+    build,
+)
 from omnigene_fast.bench.workloads import MODES, TRUE_SHAPE, Draw, Layer, Shape, cheap_random, effective_experts
 
 CPU = torch.device("cpu")
@@ -42,8 +51,8 @@ class ConstantProbe(Probe):
 
 
 def settings(**changes) -> runner.Settings:
-    values = {"shape": TINY, "tokens": (1, 16, 17), "modes": ("uniform", "protein"), "seconds": 0.0, "min_rounds": 3}
-    return runner.Settings(**values | changes)
+    values = {"ops": FORWARD_OPS, "shape": TINY, "tokens": (1, 16, 17), "modes": ("uniform", "protein")}
+    return runner.Settings(**values | {"seconds": 0.0, "min_rounds": 3} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +140,10 @@ def test_best_peer_is_the_fastest_of_transformers(rows):
 def test_check_notices(layer, swap):
     """Negative controls of the numeric check, on the block and the experts."""
     op = "block" if swap == "norm" else "experts"
-    draw, proj, picked = next(layer.draws("uniform", 9, 1)), layer.projection("uniform"), checks.sample(9)
+    draw, proj = next(layer.draws("uniform", 9, 1)), layer.projection("uniform")
+    picked = checks.sample(layer, draw)
     expected = checks.truth(op, layer, draw, proj, picked)
-    (eager,), (right,) = build(op, layer, ("eager",)), build(op, layer, (REFERENCE,))
+    (right,) = build(op, layer, (REFERENCE,))
     other = Layer(TINY, torch.bfloat16, CPU)
     (wrong,) = build(op, other, ("eager",))
     if swap == "gate_up":
@@ -148,18 +158,17 @@ def test_check_notices(layer, swap):
             draw.normed, layer.gate_up, layer.down, draw.index, draw.weights, activation="silu"
         )
     else:
-        wrong.use_proj(proj)
+        wrong.prepare(proj)
         output = wrong.call(changed)
-    figures = []
-    for provider in (eager, right):
-        provider.use_proj(proj)
-        figures.append(checks.errors(op, layer, provider.call(draw), expected, picked))
-    assert checks.passes(figures[1], figures[0], torch.bfloat16)
-    assert not checks.passes(checks.errors(op, layer, output, expected, picked), figures[0], torch.bfloat16)
+    eager = checks.eager_errors(op, layer, draw, proj, expected, picked)
+    right.prepare(proj)
+    assert checks.passes(checks.errors(op, layer, right.call(draw), expected, picked), eager, torch.bfloat16)
+    assert not checks.passes(checks.errors(op, layer, output, expected, picked), eager, torch.bfloat16)
 
 
 def test_nan_and_wrong_shape_are_infinitely_wrong(layer):
-    draw, picked = next(layer.draws("uniform", 3, 1)), checks.sample(3)
+    draw = next(layer.draws("uniform", 3, 1))
+    picked = checks.sample(layer, draw)
     expected = checks.truth("experts", layer, draw, layer.projection("uniform"), picked)
     assert checks.errors("experts", layer, draw.normed * math.nan, expected, picked) == {"out": math.inf}
     assert checks.errors("experts", layer, draw.normed[:, 1:], expected, picked) == {"out": math.inf}
@@ -209,7 +218,7 @@ def test_routing_modes_have_their_statistics(mode, effective):
 def test_router_produces_the_drawn_routing(layer, mode):
     draw = next(layer.draws(mode, 64, 1))
     (stock,) = build("route", layer, ("eager",))
-    stock.use_proj(layer.projection(mode))
+    stock.prepare(layer.projection(mode))
     index = stock.call(draw)[2]
     assert torch.equal(index.sort(-1).values, draw.index.sort(-1).values)
 
@@ -276,6 +285,8 @@ def test_providers_that_need_a_gpu_are_left_out_on_a_cpu(layer):
 def test_short_memory_is_one_sentence(monkeypatch):
     monkeypatch.setattr(runner, "available_memory", lambda device: 1 << 30)
     with pytest.raises(MemoryError, match=r"1.5 GB .* needs 4.1 GB of memory on cpu, 1.1 GB are available\.$"):
+        runner.run(runner.Settings(ops=FORWARD_OPS), {})
+    with pytest.raises(MemoryError, match=r"needs 8.7 GB"):
         runner.run(runner.Settings(), {})
 
 
@@ -286,6 +297,8 @@ def test_short_memory_is_one_sentence(monkeypatch):
         ({"modes": ()}, "mode: expected some of uniform"),
         ({"providers": ("vllm",)}, "provider: expected some of omnigene_fast"),
         ({"tokens": (0,)}, "tokens: expected numbers >= 1"),
+        ({"training_tokens": ()}, "tokens: expected numbers >= 1"),
+        ({"training_modes": ("skewed",)}, "mode: expected some of uniform"),
     ],
 )
 def test_bad_settings(changes, message):

@@ -45,7 +45,7 @@ def test_info_says_what_is_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "--op", "rout"], "op: expected some of route, experts, block, got 'rout'."),
+        (["bench", "--op", "rout"], "op: expected some of route, experts, block, experts_frozen"),
         (["bench", "--tokens", "1,x"], "--tokens: expected comma-separated integers, got '1,x'."),
         (["bench", "--tokens", "0"], "tokens: expected numbers >= 1, got [0]."),
         (["bench", "--modes", "skewed"], "mode: expected some of uniform, natural, protein, got 'skewed'."),
@@ -86,7 +86,7 @@ def constant_probe(monkeypatch):
 def test_bench_writes_rows_and_plot(tmp_path):
     out = tmp_path / "rows.json"
     shape = ["--shape", "64,24,16,4", "--seconds", "0", "--tokens", "1,3", "--modes", "natural"]
-    result = invoke("bench", "--quick", *shape, "--out", str(out))
+    result = invoke("bench", "--quick", *shape, "--op", "forward", "--out", str(out))
     assert result.exit_code == 0, result.output
     rows = json.loads(out.read_text())
     assert {row["op"] for row in rows} == {"route", "experts", "block"}
@@ -96,6 +96,25 @@ def test_bench_writes_rows_and_plot(tmp_path):
         assert field in rows[0]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "where we lose" in result.output
+
+
+@pytest.mark.usefixtures("constant_probe")
+def test_bench_merges_into_a_file(tmp_path):
+    out = tmp_path / "rows.json"
+    arguments = ["bench", "--seconds", "0", "--tokens", "2", "--modes", "uniform", "--threads", "1", "--out", str(out)]
+    shape = ["--shape", "64,24,16,4"]
+    assert invoke(*arguments, *shape, "--op", "route").exit_code == 0
+    result = invoke(*arguments, *shape, "--op", "experts_frozen", "--merge")
+    assert result.exit_code == 0, result.output
+    assert {row["op"] for row in json.loads(out.read_text())} == {"route", "experts_frozen"}
+    assert "rows-training.png" in result.output
+    before = out.read_text()
+    result = invoke(*arguments, "--shape", "32,24,16,4", "--op", "route", "--merge")
+    assert result.exit_code == 1
+    assert "--merge: expected rows of one shape" in result.output
+    assert out.read_text() == before
+    assert invoke(*arguments, *shape, "--op", "route").exit_code == 0  # without --merge: a new file
+    assert {row["op"] for row in json.loads(out.read_text())} == {"route"}
 
 
 @pytest.mark.usefixtures("constant_probe")
