@@ -9,6 +9,13 @@ namespace omnigene {
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Activation : int { gelu_tanh = 0, gelu = 1, silu = 2 };
 
+// A low-rank update W + lhs rhs of a projection [E, out, in]; rank 0: none.
+struct LoraArgs {
+  const void* lhs;  // [E, out, rank] contiguous
+  const void* rhs;  // [E, rank, in] contiguous
+  int64_t rank;
+};
+
 struct ExpertArgs {
   const void* hidden;  // [T, H], row stride hidden_stride
   int64_t hidden_stride;
@@ -18,11 +25,24 @@ struct ExpertArgs {
   int64_t down_expert_stride, down_row_stride;
   const int64_t* index;  // [T, K] contiguous, checked; an id >= E contributes nothing
   const float* weights;  // [T, K] contiguous
-  void* out;             // [T, H] contiguous
+  LoraArgs gate_up_lora, down_lora;
+  void* out;            // [T, H] contiguous, or null: only the pre-activation is wanted
+  void* preactivation;  // [T * K, 2I] by pick, or null
   int64_t T, K, E, H, I;
-  Dtype dtype;  // of hidden, gate_up, down and out
+  Dtype dtype;  // of every tensor but index and weights
   Activation activation;
   int threads;
+};
+
+// A null gradient is not wanted. Gradients of weights and factors are [E, out, in] contiguous, like those of hidden.
+struct ExpertGradArgs {
+  ExpertArgs forward;  // without out; its preactivation is not used
+  const void* grad_out;  // [T, H], row stride grad_out_stride
+  int64_t grad_out_stride;
+  const void* preactivation;  // [T * K, 2I] by pick
+  void *d_hidden, *d_gate_up, *d_down;
+  float* d_weights;  // [T, K]
+  void *d_gate_up_lhs, *d_gate_up_rhs, *d_down_lhs, *d_down_rhs;
 };
 
 struct RouteArgs {
@@ -55,9 +75,38 @@ struct GateArgs {
   int threads;
 };
 
+struct GateGradArgs {
+  const float* grad_probabilities;  // [T, E] contiguous or null
+  const float* grad_weights;        // [T, K] contiguous or null
+  const float* probabilities;       // [T, E] contiguous
+  const int64_t* index;             // [T, K] contiguous
+  const float* per_expert_scale;    // [E]
+  float* d_logits;                  // [T, E]
+  float* d_scale;                   // [E] or null
+  int64_t T, K, E;
+  int threads;
+};
+
+// Of x * rms^-1 * scale * root, rms over a row.
+struct NormScaleGradArgs {
+  const void* d_scaled;  // [T, H] contiguous
+  const void* hidden;    // [T, H], row stride hidden_stride
+  int64_t hidden_stride;
+  const void* scale;  // [H]
+  void* d_hidden;     // [T, H] contiguous or null
+  float* d_scale;     // [H] or null
+  int64_t T, H;
+  float eps, root;
+  Dtype dtype;  // of all but d_scale
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*expert_mlp)(const ExpertArgs&);
+  void (*expert_mlp_grad)(const ExpertGradArgs&);
+  void (*topk_gate_grad)(const GateGradArgs&);
+  void (*norm_scale_grad)(const NormScaleGradArgs&);
   void (*route)(const RouteArgs&);
   void (*topk_gate)(const GateArgs&);
   double (*probe_peak)(Dtype, double seconds, int threads);  // FLOP/s of this set's widest multiply-add

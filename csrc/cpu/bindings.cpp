@@ -2,6 +2,11 @@
 // Arguments arrive checked by omnigene_fast.backends.cpu; only the expert ids, whose values Python has not read, are
 // checked here.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <tuple>
 
 #include "api.h"
 
@@ -15,22 +20,79 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void expert_mlp(uintptr_t hidden, int64_t hidden_stride, uintptr_t gate_up, int64_t gate_up_expert_stride,
-                int64_t gate_up_row_stride, uintptr_t down, int64_t down_expert_stride, int64_t down_row_stride,
-                uintptr_t index, uintptr_t weights, uintptr_t out, int64_t T, int64_t K, int64_t E, int64_t H, int64_t I,
-                int dtype, int activation, bool expert_parallel, int threads) {
-  const int64_t* ids = at<const int64_t>(index);
-  for (int64_t i = 0; i < T * K; ++i)
+void check_ids(const int64_t* ids, int64_t count, int64_t E, bool expert_parallel) {
+  for (int64_t i = 0; i < count; ++i)
     if (ids[i] < 0 || (ids[i] >= E && !expert_parallel))
       throw py::index_error("index: expected expert ids in [0, " + std::to_string(E) + "), got " +
                             std::to_string(ids[i]) +
                             "; pass expert_parallel=True if ids >= E are sentinels of other ranks.");
-  const ExpertArgs args = {at<const void>(hidden), hidden_stride, at<const void>(gate_up), gate_up_expert_stride,
-                           gate_up_row_stride, at<const void>(down), down_expert_stride, down_row_stride, ids,
-                           at<const float>(weights), at<void>(out), T, K, E, H, I, Dtype(dtype), Activation(activation),
-                           threads};
+}
+
+// (hidden, row stride), (gate_up, expert stride, row stride), (down, ...), index, weights, (lhs, rhs, rank) twice
+using Rows = std::tuple<uintptr_t, int64_t>;
+using Projection = std::tuple<uintptr_t, int64_t, int64_t>;
+using Lora = std::tuple<uintptr_t, uintptr_t, int64_t>;
+
+ExpertArgs expert_args(Rows hidden, Projection gate_up, Projection down, uintptr_t index, uintptr_t weights,
+                       Lora gate_up_lora, Lora down_lora, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> sizes,
+                       int dtype, int activation, int threads) {
+  auto lora = [](Lora from) {
+    return LoraArgs{at<const void>(std::get<0>(from)), at<const void>(std::get<1>(from)), std::get<2>(from)};
+  };
+  ExpertArgs args = {};
+  args.hidden = at<const void>(std::get<0>(hidden));
+  args.hidden_stride = std::get<1>(hidden);
+  args.gate_up = at<const void>(std::get<0>(gate_up));
+  std::tie(std::ignore, args.gate_up_expert_stride, args.gate_up_row_stride) = gate_up;
+  args.down = at<const void>(std::get<0>(down));
+  std::tie(std::ignore, args.down_expert_stride, args.down_row_stride) = down;
+  args.index = at<const int64_t>(index);
+  args.weights = at<const float>(weights);
+  args.gate_up_lora = lora(gate_up_lora);
+  args.down_lora = lora(down_lora);
+  std::tie(args.T, args.K, args.E, args.H, args.I) = sizes;
+  args.dtype = Dtype(dtype);
+  args.activation = Activation(activation);
+  args.threads = threads;
+  return args;
+}
+
+void expert_mlp(ExpertArgs args, uintptr_t out, uintptr_t preactivation, bool expert_parallel) {
+  check_ids(args.index, args.T * args.K, args.E, expert_parallel);
+  args.out = at<void>(out);
+  args.preactivation = at<void>(preactivation);
   py::gil_scoped_release release;
   kernels().expert_mlp(args);
+}
+
+// grads: hidden, gate_up, down, weights, then lhs and rhs of gate_up and of down; 0 where not wanted
+void expert_mlp_grad(const ExpertArgs& args, Rows grad_out, uintptr_t preactivation, std::array<uintptr_t, 8> grads) {
+  const ExpertGradArgs all = {args, at<const void>(std::get<0>(grad_out)), std::get<1>(grad_out),
+                              at<const void>(preactivation), at<void>(grads[0]), at<void>(grads[1]),
+                              at<void>(grads[2]), at<float>(grads[3]), at<void>(grads[4]), at<void>(grads[5]),
+                              at<void>(grads[6]), at<void>(grads[7])};
+  py::gil_scoped_release release;
+  kernels().expert_mlp_grad(all);
+}
+
+void topk_gate_grad(uintptr_t grad_probabilities, uintptr_t grad_weights, uintptr_t probabilities, uintptr_t index,
+                    uintptr_t per_expert_scale, uintptr_t d_logits, uintptr_t d_scale, int64_t T, int64_t K, int64_t E,
+                    int threads) {
+  const GateGradArgs args = {at<const float>(grad_probabilities), at<const float>(grad_weights),
+                             at<const float>(probabilities), at<const int64_t>(index),
+                             at<const float>(per_expert_scale), at<float>(d_logits), at<float>(d_scale), T, K, E,
+                             threads};
+  py::gil_scoped_release release;
+  kernels().topk_gate_grad(args);
+}
+
+void norm_scale_grad(uintptr_t d_scaled, Rows hidden, uintptr_t scale, uintptr_t d_hidden, uintptr_t d_scale, int64_t T,
+                     int64_t H, float eps, double root, int dtype, int threads) {
+  const NormScaleGradArgs args = {at<const void>(d_scaled), at<const void>(std::get<0>(hidden)), std::get<1>(hidden),
+                                  at<const void>(scale), at<void>(d_hidden), at<float>(d_scale), T, H, eps,
+                                  float(root), Dtype(dtype), threads};
+  py::gil_scoped_release release;
+  kernels().norm_scale_grad(args);
 }
 
 void route(uintptr_t hidden, int64_t hidden_stride, uintptr_t proj, int64_t proj_stride, uintptr_t scale,
@@ -59,7 +121,11 @@ void topk_gate(uintptr_t logits, int64_t logits_stride, uintptr_t per_expert_sca
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of omnigene_fast; use them through omnigene_fast.ops.";
   m.def("isa", [] { return std::string(kernels().name); });
+  py::class_<ExpertArgs>(m, "ExpertArgs").def(py::init(&expert_args));
   m.def("expert_mlp", &expert_mlp);
+  m.def("expert_mlp_grad", &expert_mlp_grad);
+  m.def("topk_gate_grad", &topk_gate_grad);
+  m.def("norm_scale_grad", &norm_scale_grad);
   m.def("route", &route);
   m.def("topk_gate", &topk_gate);
   m.def("probe_bandwidth", [](uintptr_t buffer, size_t bytes, double seconds, int threads) {

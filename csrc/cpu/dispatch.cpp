@@ -13,7 +13,7 @@ namespace omnigene {
 namespace {
 
 constexpr size_t KEEP = size_t(64) << 20;  // bytes a thread keeps per slot between calls
-constexpr int SLOTS = 6;
+constexpr int SLOTS = 7;
 
 struct Scratch {
   void* memory[SLOTS] = {};

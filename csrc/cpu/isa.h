@@ -8,13 +8,16 @@
 // be merged by the linker, and code built for AVX-512 could then run on a machine without it.
 #pragma once
 #include "experts.h"
+#include "experts_grad.h"
 #include "gate.h"
+#include "gate_grad.h"
 #include "probe.h"
 
 namespace omnigene {
 
 const Kernels* OMNIGENE_TABLE() {
-  static const Kernels table = {OMNIGENE_NAME, expert_mlp, route, topk_gate, probe_peak};
+  static const Kernels table = {OMNIGENE_NAME, expert_mlp, expert_mlp_grad, topk_gate_grad, norm_scale_grad, route, topk_gate,
+                                probe_peak};
   return &table;
 }
 

@@ -74,10 +74,11 @@ struct Prefetch {
 };
 
 // Rows [0, R/2) at `a`, rows [R/2, R) at `b`; `stride` in bytes. The sums go to ca and cb, MAX_TOKENS apart from row to
-// row.
+// row, in place of what is there or added to it.
 template <bool PAIRS, int V, int R>
 inline __attribute__((noinline)) void lane_tile(const char* a, const char* b, int64_t stride, const float* panel,
-                                                int64_t units, bool odd, float* ca, float* cb, Prefetch next) {
+                                                int64_t units, bool odd, float* ca, float* cb, Prefetch next,
+                                                bool add) {
   const int64_t stride3 = 3 * stride;
   // Four rows hang on one pointer: [p], [p + s], [p + 2s], [p + 3s] keep the addresses in few registers.
   constexpr int QUADS = R >= 8 ? R / 4 : 2, PER_QUAD = R / QUADS;
@@ -127,7 +128,7 @@ inline __attribute__((noinline)) void lane_tile(const char* a, const char* b, in
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[r][v] = VF{};
-    const bool first = u == 0;
+    const bool first = u == 0 && !add;
     const int64_t end = units - u < segment ? units : u + segment, full = end == units ? end - odd : end;
     for (; u + 16 <= full; u += 16) {  // one cache line of each weight row
       next.step();
@@ -169,11 +170,11 @@ INLINE VF load_units(const typename M::Weight* p) {
     return load_as_float(p);
 }
 
-// R weight rows against N tokens' rows; c[n * ROWS + r] receives the sums.
+// R weight rows against N tokens' rows; c[n * ROWS + r] receives the sums, or they are added to it.
 template <class M, int R, int N>
 inline __attribute__((noinline)) void dot_tile(const typename M::Weight* w, int64_t stride,
                                                const typename M::Activation* const* x, int64_t count, float* c,
-                                               Prefetch next) {
+                                               Prefetch next, bool add) {
   using Weight = typename M::Weight;
   using Activation = typename M::Activation;
   constexpr int STEP = W * M::PER_UNIT;
@@ -206,7 +207,8 @@ inline __attribute__((noinline)) void dot_tile(const typename M::Weight* w, int6
   float sums[32];
   for (int first = 0; first < R * N; first += W) vstore(sums + first, sum_each(acc + first));
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) std::memcpy(c + n * ROWS, sums + n * R, R * sizeof(float));
+  for (int n = 0; n < N; ++n)
+    for (int r = 0; r < R; ++r) c[n * ROWS + r] = add ? c[n * ROWS + r] + sums[n * R + r] : sums[n * R + r];
 }
 
 // Packs n <= V * W rows of X into a panel [units][V][W]; missing tokens and a missing half unit are zeros.
@@ -316,21 +318,23 @@ class PrefetchDealer {
 
 template <bool PAIRS, int V>
 INLINE void lane_block(const char* a, const char* b, int64_t stride, int half, const float* panel, int64_t units,
-                       bool odd, float* c, PrefetchDealer& dealer) {
+                       bool odd, float* c, PrefetchDealer& dealer, bool add) {
   constexpr int R = LANE_ROWS<V>;
   for (int r = 0; r < half; r += R / 2)
     lane_tile<PAIRS, V, R>(a + r * stride, b + r * stride, stride, panel, units, odd, c + r * MAX_TOKENS,
-                           c + (HALF + r) * MAX_TOKENS, dealer.deal((units + 15) / 16));
+                           c + (HALF + r) * MAX_TOKENS, dealer.deal((units + 15) / 16), add);
 }
 
 template <class M, int N>
 INLINE void dot_block(const typename M::Weight* a, const typename M::Weight* b, int64_t stride, int half,
-                      const typename M::Activation* const* x, int64_t count, float* d, PrefetchDealer& dealer) {
+                      const typename M::Activation* const* x, int64_t count, float* d, PrefetchDealer& dealer,
+                      bool add) {
   constexpr int R = dot_rows(N);
   const int64_t steps = (count + W * M::PER_UNIT - 1) / (W * M::PER_UNIT);
-  for (int r = 0; r < half; r += R) dot_tile<M, R, N>(a + r * stride, stride, x, count, d + r, dealer.deal(steps));
   for (int r = 0; r < half; r += R)
-    dot_tile<M, R, N>(b + r * stride, stride, x, count, d + HALF + r, dealer.deal(steps));
+    dot_tile<M, R, N>(a + r * stride, stride, x, count, d + r, dealer.deal(steps), add);
+  for (int r = 0; r < half; r += R)
+    dot_tile<M, R, N>(b + r * stride, stride, x, count, d + HALF + r, dealer.deal(steps), add);
 }
 
 // X W^T for two runs of `half` rows (a multiple of 8, at most HALF) of W that begin at a and b, `stride` elements from
@@ -338,7 +342,8 @@ INLINE void dot_block(const typename M::Weight* a, const typename M::Weight* b, 
 // used where Mode::CONVERT.
 template <class M>
 inline void multiply_block(const Tokens<M>& x, const typename M::Weight* a, const typename M::Weight* b, int64_t stride,
-                           int half, const void* next_a, const void* next_b, float* wide, Block& out) {
+                           int half, const void* next_a, const void* next_b, float* wide, Block& out,
+                           bool add = false) {
   using Weight = typename M::Weight;
   const Split& s = x.split;
   const int64_t units = (x.count + M::PER_UNIT - 1) / M::PER_UNIT;
@@ -376,9 +381,9 @@ inline void multiply_block(const Tokens<M>& x, const typename M::Weight* a, cons
       const int v = s.vectors(i);
       float* c = out.c + first;
       first += v * W;
-      if (v == 1) lane_block<M::PAIRS, 1>(la, lb, bytes, half, x.panel[i], units, odd, c, dealer);
-      else if (v == 2) lane_block<M::PAIRS, 2>(la, lb, bytes, half, x.panel[i], units, odd, c, dealer);
-      else lane_block<M::PAIRS, 3>(la, lb, bytes, half, x.panel[i], units, odd, c, dealer);
+      if (v == 1) lane_block<M::PAIRS, 1>(la, lb, bytes, half, x.panel[i], units, odd, c, dealer, add);
+      else if (v == 2) lane_block<M::PAIRS, 2>(la, lb, bytes, half, x.panel[i], units, odd, c, dealer, add);
+      else lane_block<M::PAIRS, 3>(la, lb, bytes, half, x.panel[i], units, odd, c, dealer, add);
     }
   }
   for (int g = 0; g < s.dot_groups(); ++g) {
@@ -386,13 +391,13 @@ inline void multiply_block(const Tokens<M>& x, const typename M::Weight* a, cons
     const auto* const* row = x.row + first;
     float* d = out.d + first * ROWS;
     switch (s.dot_take(g)) {
-      case 1: dot_block<M, 1>(a, b, stride, half, row, x.count, d, dealer); break;
-      case 2: dot_block<M, 2>(a, b, stride, half, row, x.count, d, dealer); break;
-      case 3: dot_block<M, 3>(a, b, stride, half, row, x.count, d, dealer); break;
+      case 1: dot_block<M, 1>(a, b, stride, half, row, x.count, d, dealer, add); break;
+      case 2: dot_block<M, 2>(a, b, stride, half, row, x.count, d, dealer, add); break;
+      case 3: dot_block<M, 3>(a, b, stride, half, row, x.count, d, dealer, add); break;
 #if OMNIGENE_WIDTH == 16
-      case 4: dot_block<M, 4>(a, b, stride, half, row, x.count, d, dealer); break;
-      case 5: dot_block<M, 5>(a, b, stride, half, row, x.count, d, dealer); break;
-      case 6: dot_block<M, 6>(a, b, stride, half, row, x.count, d, dealer); break;
+      case 4: dot_block<M, 4>(a, b, stride, half, row, x.count, d, dealer, add); break;
+      case 5: dot_block<M, 5>(a, b, stride, half, row, x.count, d, dealer, add); break;
+      case 6: dot_block<M, 6>(a, b, stride, half, row, x.count, d, dealer, add); break;
 #endif
     }
   }

@@ -190,12 +190,8 @@ INLINE VF vexp_below(VF x) {
 }
 INLINE VF sigmoid(VF x) { return 1.0f / (1.0f + vexp(-x)); }
 
-template <int A>
-INLINE VF activate(VF g) {
-  if constexpr (A == 2) return g * sigmoid(g);  // silu
-  // 0.5 (1 + tanh(z)) = sigmoid(2z), z = sqrt(2/pi) (g + 0.044715 g^3)
-  if constexpr (A == 0) return g * sigmoid(1.5957691216057308f * (g + 0.044715f * g * g * g));
-  // erf by Abramowitz & Stegun 7.1.26, absolute error 1.5e-7
+// By erf, after Abramowitz & Stegun 7.1.26, absolute error 1.5e-7.
+INLINE VF normal_cdf(VF g) {
   const VF x = g * 0.7071067811865476f;
   const VF a = x < 0.0f ? -x : x;
   const VF t = 1.0f / (1.0f + 0.3275911f * a);
@@ -204,7 +200,36 @@ INLINE VF activate(VF g) {
   p = p * t - 0.284496736f;
   p = (p * t + 0.254829592f) * t;
   const VF tail = 0.5f * p * vexp(-a * a);  // 0.5 erfc(|x|)
-  return g * (x < 0.0f ? tail : 1.0f - tail);
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+
+template <int A>
+INLINE VF activate(VF g) {
+  if constexpr (A == 2) return g * sigmoid(g);  // silu
+  // 0.5 (1 + tanh(z)) = sigmoid(2z), z = sqrt(2/pi) (g + 0.044715 g^3)
+  if constexpr (A == 0) return g * sigmoid(1.5957691216057308f * (g + 0.044715f * g * g * g));
+  return g * normal_cdf(g);
+}
+
+// activate(g) and its derivative. Far from zero the derivative is 0 or 1, so the polynomial's argument is bounded there
+// and cannot overflow.
+template <int A>
+INLINE void activate_with_slope(VF g, VF& value, VF& slope) {
+  if constexpr (A == 2) {
+    const VF s = sigmoid(g), b = vmin(vmax(g, vset(-100.0f)), vset(100.0f));
+    value = g * s;
+    slope = s + b * s * (1.0f - s);
+  } else if constexpr (A == 0) {
+    const VF b = vmin(vmax(g, vset(-30.0f)), vset(30.0f)), square = b * b;
+    const VF s = sigmoid(1.5957691216057308f * b * (1.0f + 0.044715f * square));
+    value = g * s;
+    slope = s + b * s * (1.0f - s) * 1.5957691216057308f * (1.0f + 0.134145f * square);
+  } else {
+    const VF b = vmin(vmax(g, vset(-30.0f)), vset(30.0f));
+    const VF below = normal_cdf(b);
+    value = g * below;
+    slope = below + b * 0.3989422804014327f * vexp(-0.5f * b * b);
+  }
 }
 
 // One butterfly step of a W x W transposition or reduction: lanes whose bit D is clear come from a, the others from b.

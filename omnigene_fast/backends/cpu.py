@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -103,6 +104,49 @@ def topk_gate(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Ten
     return probabilities, weights, index
 
 
+def topk_gate_bwd(
+    grad_probabilities: Tensor | None,
+    grad_weights: Tensor | None,
+    probabilities: Tensor,
+    index: Tensor,
+    per_expert_scale: Tensor,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor | None]:
+    T, E = probabilities.shape
+    d_logits = torch.empty((T, E), dtype=torch.float32)
+    d_scale = torch.empty(E, dtype=torch.float32) if need_scale else None
+    # Tensors that may be copies live until the call returns: only their addresses are handed over.
+    floats = [_float(x) for x in (grad_probabilities, grad_weights, probabilities, per_expert_scale)]
+    index = index.contiguous()
+    _module().topk_gate_grad(
+        _address(floats[0]), _address(floats[1]), _address(floats[2]), index.data_ptr(), _address(floats[3]),
+        d_logits.data_ptr(), _address(d_scale), T, index.shape[1], E, torch.get_num_threads(),
+    )  # fmt: skip
+    return d_logits, d_scale
+
+
+def route_bwd(
+    d_logits: Tensor, hidden: Tensor, proj_weight: Tensor, scale: Tensor, eps: float, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    hidden, scale = _rows(hidden), scale.contiguous()
+    T, H = hidden.shape
+    d_logits = d_logits.to(hidden.dtype)  # as the projection's output was
+    d_hidden = torch.empty((T, H), dtype=hidden.dtype) if needed[0] else None
+    d_scale = torch.empty(H, dtype=torch.float32) if needed[2] else None
+    if needed[0] or needed[2]:
+        d_scaled = d_logits @ proj_weight
+        _module().norm_scale_grad(
+            d_scaled.data_ptr(), (hidden.data_ptr(), hidden.stride(0)), scale.data_ptr(), _address(d_hidden),
+            _address(d_scale), T, H, eps, H**-0.5, DTYPES[hidden.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    d_proj = None
+    if needed[1]:
+        wide = hidden.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        d_proj = d_logits.T @ (normed.to(hidden.dtype) * scale * H**-0.5)
+    return d_hidden, d_proj, d_scale
+
+
 def expert_mlp(
     hidden: Tensor,
     gate_up_proj: Tensor,
@@ -114,49 +158,92 @@ def expert_mlp(
     expert_parallel: bool,
     save_preactivation: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    if lora.gate_up_lhs is not None or lora.down_lhs is not None or save_preactivation:  # TEMPORARY until the C++ lands
-        from .. import reference
-        from .._library import _pairs
-
-        out = reference.expert_mlp(hidden, gate_up_proj, down_proj, index, weights, activation=activation, **_pairs(lora))
-        return out, hidden.new_zeros((index.numel(), gate_up_proj.shape[1])) if save_preactivation else None
-    hidden = _rows(hidden)
-    index = index.to(torch.int64).contiguous()
-    weights = weights.to(torch.float32).contiguous()
-    (T, H), K, (E, I2, _) = hidden.shape, index.shape[1], gate_up_proj.shape
-    out = torch.empty((T, H), dtype=hidden.dtype)
-    if T and H:
-        _module().expert_mlp(
-            hidden.data_ptr(), hidden.stride(0), gate_up_proj.data_ptr(), gate_up_proj.stride(0),
-            gate_up_proj.stride(1), down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1), index.data_ptr(),
-            weights.data_ptr(), out.data_ptr(), T, K, E, H, I2 // 2, DTYPES[hidden.dtype], ACTIVATIONS[activation],
-            expert_parallel,
-            torch.get_num_threads(),
-        )  # fmt: skip
-    return out, None
-
-
-def topk_gate_bwd(grad_probabilities, grad_weights, probabilities, index, per_expert_scale, need_scale):  # TEMPORARY
-    from .. import reference
-
-    return reference.topk_gate_bwd(grad_probabilities, grad_weights, probabilities, index, per_expert_scale)
-
-
-def route_bwd(d_logits, hidden, proj_weight, scale, eps, needed):  # TEMPORARY
-    from .. import reference
-
-    return reference.route_bwd(d_logits, hidden, proj_weight, scale, eps=eps)
+    arguments = _ExpertArguments(hidden, gate_up_proj, down_proj, index, weights, lora, activation)
+    out = torch.empty(hidden.shape, dtype=hidden.dtype)
+    preactivation = arguments.new_preactivation() if save_preactivation else None
+    if hidden.numel():
+        _module().expert_mlp(arguments.packed, out.data_ptr(), _address(preactivation), expert_parallel)
+    return out, preactivation
 
 
 def expert_mlp_bwd(
-    grad_out, hidden, gate_up_proj, down_proj, index, weights, lora, preactivation, activation, expert_parallel, needed
-):  # TEMPORARY
-    from .. import reference
-    from .._library import _pairs
-
-    return reference.expert_mlp_bwd(
-        grad_out, hidden, gate_up_proj, down_proj, index, weights, activation=activation, needed=needed, **_pairs(lora)
+    grad_out: Tensor,
+    hidden: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    lora: Lora,
+    preactivation: Tensor | None,
+    activation: str,
+    expert_parallel: bool,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    inputs = (hidden, gate_up_proj, down_proj, weights, *lora)
+    grads = [
+        None if not need or x is None else torch.empty(x.shape, dtype=torch.float32 if x is weights else x.dtype)
+        for x, need in zip(inputs, needed, strict=True)
+    ]
+    if hidden.numel() == 0 or down_proj.shape[2] == 0:
+        return tuple(None if grad is None else grad.zero_() for grad in grads)
+    arguments = _ExpertArguments(hidden, gate_up_proj, down_proj, index, weights, lora, activation)
+    grad_out = _rows(grad_out)
+    if preactivation is None:
+        preactivation = arguments.new_preactivation()
+        _module().expert_mlp(arguments.packed, 0, preactivation.data_ptr(), expert_parallel)
+    _module().expert_mlp_grad(
+        arguments.packed,
+        (grad_out.data_ptr(), grad_out.stride(0)),
+        preactivation.data_ptr(),
+        [_address(grad) for grad in grads],
     )
+    return tuple(grads)
+
+
+class _ExpertArguments:
+    """The arguments of an experts call as the C++ module takes them; `kept` owns copies whose addresses it holds."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        lora: Lora,
+        activation: str,
+    ) -> None:
+        hidden, index = _rows(hidden), index.to(torch.int64).contiguous()
+        weights = weights.to(torch.float32).contiguous()
+        factors = [None if factor is None else factor.contiguous() for factor in lora]
+        self.kept = (hidden, index, weights, factors)
+        (T, H), K, (E, I2, _) = hidden.shape, index.shape[1], gate_up_proj.shape
+        self.rows, self.columns, self.dtype = T * K, I2, hidden.dtype
+        ranks = [0 if factor is None else factor.shape[1] for factor in factors]
+        self.packed = _module().ExpertArgs(
+            (hidden.data_ptr(), hidden.stride(0)),
+            (gate_up_proj.data_ptr(), gate_up_proj.stride(0), gate_up_proj.stride(1)),
+            (down_proj.data_ptr(), down_proj.stride(0), down_proj.stride(1)),
+            index.data_ptr(),
+            weights.data_ptr(),
+            (_address(factors[0]), _address(factors[1]), ranks[1]),
+            (_address(factors[2]), _address(factors[3]), ranks[3]),
+            (T, K, E, H, I2 // 2),
+            DTYPES[hidden.dtype],
+            ACTIVATIONS[activation],
+            torch.get_num_threads(),
+        )
+
+    def new_preactivation(self) -> Tensor:
+        return torch.empty((self.rows, self.columns), dtype=self.dtype)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
