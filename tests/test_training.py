@@ -1,0 +1,464 @@
+"""Training accelerated models in the surroundings that train them, against stock transformers."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import omnigene_fast
+from omnigene_fast import ops
+
+from . import helpers
+from .gradients import Comparison
+from .helpers import EXPERTS, HIDDEN, allocations, moe_layers, relative_error, tokens
+
+F32, BF16 = torch.float32, torch.bfloat16
+STEPS = 50
+EXPERT_PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+NO_BITSANDBYTES = "bitsandbytes is not installed (pip install bitsandbytes)"
+# The paper's recipe: experts frozen, LoRA on attention, the dense MLP and the router's projection.
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "router.proj"]
+RECIPES = {
+    "full": None,
+    "frozen experts": {"target_modules": MODULES},
+    "lora on experts": {"target_modules": MODULES, "target_parameters": EXPERT_PARAMETERS},
+}
+
+
+def prepared(recipe, dtype=F32, seed=0, implementation="eager", **options):
+    """A model to train by `recipe`; accelerated if `implementation` is ours."""
+    model = helpers.gemma4(dtype, seed=seed)
+    if implementation == "omnigene_fast":
+        omnigene_fast.accelerate(model, **options)
+    else:
+        model.set_experts_implementation(implementation)
+    if RECIPES[recipe] is not None:
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **RECIPES[recipe])
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    return model.train()
+
+
+def pair(recipe, dtype=F32, **options):
+    return prepared(recipe, dtype, implementation="omnigene_fast", **options), prepared(recipe, dtype)
+
+
+def losses(model, steps=STEPS, seed=0, optimizer=torch.optim.AdamW, lr=1e-3):
+    """The loss of each step of training on batches that repeat, so that there is something to learn."""
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
+    curve = []
+    for step in range(steps):
+        batch = tokens(2, 24, seed=1000 * seed + step % 8)
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(loss.item())
+    return torch.tensor(curve, dtype=torch.float64)
+
+
+def train_step(model):
+    model.zero_grad()
+    loss = model(tokens(), labels=tokens()).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_step(ours, stock):
+    (loss, gradients), (expected_loss, expected) = train_step(ours), train_step(stock)
+    assert relative_error(loss, expected_loss) < 1e-5
+    assert list(gradients) == list(expected)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected[name]) < 1e-4, name
+
+
+# --- loss curves ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "save"),
+    [("full", "preactivation"), ("full", "input"), ("frozen experts", "preactivation"), ("lora on experts", "input")],
+)
+def test_curves_coincide_in_float32(recipe, save):
+    ours, stock = (losses(model) for model in pair(recipe, save=save))
+    difference = (ours - stock).abs() / stock
+    assert difference[:10].max() < 1e-5
+    assert difference.max() < 1e-3
+    assert stock[-8:].mean() < 0.9 * stock[:8].mean(), "nothing was learned: the curves show nothing"
+
+
+@pytest.mark.parametrize("mistake", ["weights' gradient", "activation"])
+def test_curves_reject(mistake, monkeypatch):
+    """A gradient that is lost, or a slightly wrong function, parts the curves."""
+    ours, stock = pair("full")
+    if mistake == "activation":
+        for layer in moe_layers(ours):
+            layer.experts.act_fn = nn.SiLU()
+    else:
+        original = ops.expert_mlp
+
+        def detached(hidden, gate_up, down, index, weights, **kwargs):
+            return original(hidden, gate_up, down, index, weights.detach(), **kwargs)
+
+        monkeypatch.setattr(ops, "expert_mlp", detached)
+    ours, stock = losses(ours, 10), losses(stock, 10)
+    assert ((ours - stock).abs() / stock).max() > 1e-5
+
+
+def test_curves_in_bfloat16_lie_within_the_spread_of_stock():
+    """Two stock implementations part by rounding; ours is no further from them than they are from each other."""
+    curves = {}
+    for name in ("eager", "grouped_mm", "omnigene_fast", "wrong"):
+        curves[name] = []
+        for seed in range(3):
+            model = prepared("full", BF16, seed, "omnigene_fast" if name == "wrong" else name)
+            if name == "wrong":
+                for layer in moe_layers(model):
+                    layer.experts.act_fn = nn.SiLU()
+            curves[name].append(losses(model, seed=seed))
+    eager, grouped, ours, wrong = (torch.stack(found) for found in curves.values())
+    spread = (eager - grouped).abs().mean()
+
+    def distance(curve):
+        return min((curve - eager).abs().mean(), (curve - grouped).abs().mean()) / spread
+
+    assert distance(ours) <= 1.3 < distance(wrong)
+    assert (ours.mean() - (eager + grouped).mean() / 2).abs() <= spread
+
+
+# --- what trains ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bug_25_a_checkpointed_forward_counts_once(recipe, reentrant):
+    """25: what runs in a forward that checkpointing repeats happens twice: gradients must be those of one."""
+    ours, stock = pair(recipe)
+    plain = train_step(ours)[1]
+    ours.enable_input_require_grads()
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same_step(ours, stock)
+    for name, gradient in train_step(ours)[1].items():
+        assert torch.equal(gradient, plain[name]), name
+
+
+def test_gradient_accumulation_adds_up():
+    ours, _ = pair("full")
+    _, once = train_step(ours)
+    once = {name: gradient.clone() for name, gradient in once.items()}
+    ours(tokens(), labels=tokens()).loss.backward()
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter.grad, 2 * once[name]), name
+
+
+@pytest.mark.parametrize("weights", [F32, BF16])
+def test_bug_17_autocast_dtypes_in_the_backward(weights):
+    """17: axolotl #3805: float32 activations, bfloat16 weights or autocast, forward and backward through the gate."""
+    stock = moe_layers(helpers.gemma4(weights))[1]
+    stock.experts.config._experts_implementation_internal = "eager"
+    exact, ours = copy.deepcopy(stock).double(), copy.deepcopy(stock)
+    ours.experts.config = copy.deepcopy(stock.experts.config)
+    ours.experts.config._experts_implementation_internal = "omnigene_fast"
+    holder = nn.ModuleList([ours])
+    omnigene_fast.accelerate(holder)
+    hidden, grad = torch.randn(2, 400, HIDDEN)
+    with torch.autocast("cpu", BF16), torch.no_grad():
+        agree = (ours.router(hidden)[2] == stock.router(hidden)[2]).all(-1)
+    agree &= (ours.router(hidden)[2] == exact.router(hidden.double())[2]).all(-1) if weights == F32 else agree
+    agree &= (stock.router(hidden.to(weights))[2] == exact.router(hidden.double())[2]).all(-1)
+    hidden, grad = hidden[agree], grad[agree]
+    assert hidden.shape[0] > 100
+
+    def run(layer, hidden, grad, autocast):
+        layer.zero_grad()
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            _, top, index = layer.router(leaf)
+            out = layer.experts(leaf, index, top)
+        out.backward(grad.to(out.dtype))
+        parts = {"router": layer.router, "experts": layer.experts}
+        grads = {f"{part}.{n}": p.grad for part, module in parts.items() for n, p in module.named_parameters()}
+        return {"out": out.detach(), "hidden": leaf.grad, **grads}
+
+    mine, theirs = (run(layer, hidden, grad, True) for layer in (ours, stock))
+    truth = run(exact, hidden.double(), grad.double(), False)
+    for name, gradient in mine.items():
+        assert gradient.dtype == theirs[name].dtype, name
+    Comparison().add(mine, theirs, truth).check()
+
+
+@pytest.mark.parametrize("order", ["accelerate first", "peft first"])
+def test_bug_38_a_wrapped_projection_trains(order):
+    """38: a fused router that reads `.weight` of a wrapped projection sends the adapter no gradient. Training part."""
+    stock = prepared("frozen experts")
+    if order == "accelerate first":
+        ours = prepared("frozen experts", implementation="omnigene_fast")
+    else:
+        ours = omnigene_fast.accelerate(copy.deepcopy(stock))
+    assert_same_step(ours, stock)
+    gradients = [p.grad for name, p in ours.named_parameters() if "router.proj.lora" in name]
+    assert len(gradients) == 3 * 2
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_a_frozen_router_or_embedding_is_no_special_case():
+    """Only one kind of parameter trains at a time."""
+    for wanted in ("router.proj", "router.scale", "per_expert_scale", "gate_up_proj", "experts.down_proj", "embed"):
+        ours, stock = pair("full")
+        for model in (ours, stock):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(wanted in name)
+        assert_same_step(ours, stock)
+
+
+def test_router_probabilities_carry_a_gradient():
+    """A load-balancing loss on `output[0]` of the router, as hooks and `output_router_logits` read it."""
+    ours, stock = pair("full")
+    gradients = []
+    for model in (ours, stock):
+        seen = []
+        for layer in moe_layers(model):
+            layer.router.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out[0]))
+        model(tokens())
+        sum(p.mean(0).square().sum() * EXPERTS for p in seen).backward()
+        gradients.append([layer.router.proj.weight.grad for layer in moe_layers(model)])
+    for mine, expected in zip(*gradients, strict=True):
+        assert expected.abs().sum() > 0
+        assert relative_error(mine, expected) < 1e-4
+
+
+def test_frozen_experts_allocate_nothing_of_the_size_of_weights():
+    """The whole step of the paper's recipe, with checkpointing; the full step is the control."""
+    largest = {}
+    for recipe in ("frozen experts", "full"):
+        model = prepared(recipe, implementation="omnigene_fast")
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        train_step(model)
+        with allocations() as sizes:
+            train_step(model)
+        largest[recipe] = max(sizes)
+    weight = 4 * moe_layers(model)[0].experts.down_proj.numel()
+    assert largest["frozen experts"] < weight <= largest["full"]
+
+
+# --- optimizers and quantised modules ---------------------------------------------------------------------------------
+
+
+def test_an_optimizer_built_before_accelerate_updates_what_runs():
+    model = helpers.gemma4()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=1e-2)
+    omnigene_fast.accelerate(model)
+    assert all(mine is same for mine, same in zip(model.parameters(), parameters, strict=True))
+    before, _ = train_step(model)
+    optimizer.step()
+    assert train_step(model)[0] < before
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_bitsandbytes_optimizers(name):
+    bitsandbytes = pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)"
+    )
+    optimizer = getattr(bitsandbytes.optim, name)
+    try:
+        parameter = nn.Parameter(torch.ones(8192))
+        parameter.grad = torch.ones(8192)
+        optimizer([parameter]).step()
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"bitsandbytes' {name} does not run on this processor: {error}")
+    ours, stock = (losses(model, 10, optimizer=optimizer) for model in pair("full"))
+    assert ((ours - stock).abs() / stock).max() < 1e-3
+    assert stock[-1] < stock[0]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_bitsandbytes_4bit_projection(lora):
+    """NF4 on `router.proj`, as the paper loads it, bare and under LoRA: called, and its own gradients go on."""
+    bitsandbytes = pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)"
+    )
+    stock = helpers.gemma4()
+    stock.set_experts_implementation("eager")
+    try:
+        for layer in moe_layers(stock):
+            quantised = bitsandbytes.nn.Linear4bit(HIDDEN, EXPERTS, bias=False, quant_type="nf4", compute_dtype=F32)
+            quantised.load_state_dict({"weight": layer.router.proj.weight.detach()})
+            layer.router.proj = quantised.to("cpu")
+        stock(tokens())
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"bitsandbytes' Linear4bit does not run on this processor: {error}")
+    ours = copy.deepcopy(stock)
+    models = [omnigene_fast.accelerate(ours), stock]
+    if lora:
+        for n, model in enumerate(models):
+            torch.manual_seed(0)
+            config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["router.proj"])
+            models[n] = peft.get_peft_model(model, config)
+        assert sum(p.requires_grad for p in models[0].parameters()) == 3 * 2
+    assert_same_step(*(model.train() for model in models))
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora on experts"])
+def test_compiled_training_step(recipe):
+    torch._dynamo.reset()
+    ours, stock = pair(recipe)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=recipe == "full")
+    loss = compiled(input_ids=tokens(), labels=tokens()).loss
+    loss.backward()
+    expected_loss, expected = train_step(stock)
+    assert relative_error(loss.detach(), expected_loss) < 1e-5
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            assert relative_error(parameter.grad, expected[name]) < 1e-4, name
+
+
+def test_inductor():
+    torch._dynamo.reset()
+    layer = moe_layers(omnigene_fast.accelerate(helpers.gemma4()))[0]
+
+    def moe(hidden):
+        _, weights, index = layer.router(hidden)
+        return layer.experts(hidden, index, weights)
+
+    hidden, results = torch.randn(9, HIDDEN, requires_grad=True), []
+    for call in (moe, torch.compile(moe, fullgraph=True)):
+        out = call(hidden)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [hidden, *layer.router.parameters()])])
+    for mine, expected in zip(*results, strict=True):
+        assert relative_error(mine.detach(), expected.detach()) < 1e-5
+
+
+# --- trainers ---------------------------------------------------------------------------------------------------------
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, n):
+        row = tokens(1, 24, seed=n % 8)[0]
+        return {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}
+
+
+def _history(trainer):
+    trainer.train()
+    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], dtype=torch.float64)
+
+
+def _arguments(cls, tmp_path, **changes):
+    options = {
+        "output_dir": str(tmp_path),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+        "bf16": False,
+    }
+    return cls(**options | changes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "checkpointing", "bf16"),
+    [
+        ("full", None, False),
+        ("full", "reentrant", True),
+        ("full", "not reentrant", True),
+        ("frozen experts", "not reentrant", True),
+        ("lora on experts", "reentrant", False),
+        ("lora on experts", "not reentrant", True),
+    ],
+)
+def test_trainer(recipe, checkpointing, bf16, tmp_path):
+    options = {"bf16": bf16, "gradient_checkpointing": checkpointing is not None}
+    if checkpointing:
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": checkpointing == "reentrant"}
+    curves, autocast = [], set()
+    for model in pair(recipe):
+        router = moe_layers(model)[0].router
+        router.register_forward_pre_hook(lambda *_: autocast.add(torch.is_autocast_enabled("cpu")))
+        arguments = _arguments(transformers.TrainingArguments, tmp_path, **options)
+        curves.append(_history(transformers.Trainer(model=model, args=arguments, train_dataset=Texts())))
+    ours, stock = curves
+    assert autocast == {bf16}
+    assert ours.shape == stock.shape == (6,)
+    assert ((ours - stock).abs() / stock).max() < (2e-2 if bf16 else 1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora on experts"])
+def test_sft_trainer(recipe, tmp_path, monkeypatch):
+    """TRL wraps the model in PEFT by itself; its loss reads no router logits."""
+    trl = pytest.importorskip("trl", reason="trl is not installed (pip install trl)")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed (pip install datasets)")
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {f"t{n}": n for n in range(helpers.VOCAB)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), pad_token="t0", eos_token="t1"
+    )
+    data = datasets.Dataset.from_dict({"input_ids": [tokens(1, 24, seed=n % 8)[0].tolist() for n in range(16)]})
+    built = []
+    original = torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda *args, **kwargs: built.append(1) or original(*args, **kwargs))
+    curves = []
+    for accelerated in (True, False):
+        model, config = helpers.gemma4(), None
+        if accelerated:
+            omnigene_fast.accelerate(model)
+        else:
+            model.set_experts_implementation("eager")
+        if RECIPES[recipe]:
+            config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **RECIPES[recipe])
+        torch.manual_seed(0)
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=_arguments(trl.SFTConfig, tmp_path, max_length=24),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=config,
+        )
+        curves.append(_history(trainer))
+        assert bool(built) == (not accelerated and config is not None)
+    assert curves[0].shape == (6,)
+    assert ((curves[0] - curves[1]).abs() / curves[1]).max() < 1e-4
+
+
+def test_accelerate_library():
+    """A loop of one's own with `Accelerator`: prepare, accumulate, clip."""
+    from accelerate import Accelerator
+
+    curves = []
+    for model in pair("lora on experts"):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        loader = torch.utils.data.DataLoader(Texts(), batch_size=2)
+        wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        curves.append([])
+        for batch in loader:
+            with accelerator.accumulate(wrapped):
+                loss = wrapped(**batch).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            curves[-1].append(loss.item())
+    ours, stock = torch.tensor(curves, dtype=torch.float64)
+    assert ours.shape == (8,)
+    assert ((ours - stock).abs() / stock).max() < 1e-4
