@@ -55,11 +55,12 @@ def info() -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:N].")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's choice by default.")
 @click.option("--true-shape/--no-true-shape", default=True, help="Also time one layer at Gemma-4-26B's size (1.5 GB).")
+@click.option("--train/--no-train", default=True, help="Also train the small model for less than a minute.")
 @sentence
-def demo(path: str | None, device: str, threads: int | None, true_shape: bool) -> None:
+def demo(path: str | None, device: str, threads: int | None, true_shape: bool, train: bool) -> None:
     """A Gemma-4 MoE on real sequences, stock and accelerated: is it right, and how much faster is it?
 
-    Without --model, the model is a small Gemma-4 with random weights and byte tokens.
+    Without --model, the model is a small Gemma-4 with random weights and byte tokens, and is trained too.
 
     \b
     Example:
@@ -70,7 +71,7 @@ def demo(path: str | None, device: str, threads: int | None, true_shape: bool) -
 
     chosen = _device(device)
     _threads(threads)
-    run(chosen, Path(path) if path else None, true_shape=true_shape)
+    run(chosen, Path(path) if path else None, true_shape=true_shape, train=train)
 
 
 @main.command()

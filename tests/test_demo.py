@@ -1,6 +1,7 @@
 """The demo on a tiny model: it prints what it promises, leaves the model stock, and its texts are complete."""
 
 import json
+import re
 from collections import Counter
 from importlib.resources import files
 
@@ -10,11 +11,12 @@ import torch
 from omnigene_fast import demo
 from omnigene_fast.bench import runner
 from omnigene_fast.bench.floors import Probe
-from omnigene_fast.demo import compare, layer
+from omnigene_fast.demo import compare, layer, lesson, routing
 from omnigene_fast.demo.model import BOS, BYTES, PAD, encode_bytes, load_texts, small_model
 
 CPU = torch.device("cpu")
 TINY = demo.Size(H=64, I=24, E=16, K=4, layers=2, texts=2, length=24, rounds=1)
+LESSON = demo.Lesson(steps=4, seconds=60, compared=3, batch=3, length=24)
 FAMILIES = [
     "protein",
     "dna_coding",
@@ -57,15 +59,61 @@ def test_load_texts_keeps_the_order_of_families():
 
 
 def test_demo_prints_every_part(capsys):
-    demo.run(CPU, true_shape=False, size=TINY)
+    demo.run(CPU, true_shape=False, size=TINY, lesson=LESSON)
     out = capsys.readouterr().out
     assert out.count("sliding") >= 2
     assert "full" in out
     for family in FAMILIES:
         assert f"\n  {family}" in out
-    for part in ("parity per layer", "experts each family prefers", "The weights are random", "tokens/s", "summary"):
+    parts = ("parity per layer", "experts each family prefers", "The weights are random", "tokens/s", "training, every")
+    for part in (*parts, "Jensen-Shannon", "summary"):
         assert part in out
     assert "within the bound of 2x" in out
+
+
+def test_training_has_the_stock_losses_and_learns(capsys):
+    line = lesson.learn(CPU, TINY, demo.Lesson(steps=12, seconds=60, compared=3, batch=3, length=24))
+    out = capsys.readouterr().out
+    stock, ours = (
+        [float(loss) for loss in row.split()[-3:]]
+        for row in out.splitlines()
+        if row.split()[:1] in (["stock"], ["accelerated"])
+    )
+    assert len(set(stock)) == 3
+    assert ours == pytest.approx(stock, rel=1e-5)
+    before, after = map(float, re.search(r"held-out loss (\S+) to (\S+) in 12 steps", line).groups())
+    assert after < before - 0.1
+    for family in FAMILIES:
+        assert f"\n  {family}" in out
+
+
+def test_training_without_accelerate_is_skipped_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(lesson.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in lesson.learn(CPU, TINY)
+    assert "pip install accelerate" in capsys.readouterr().out
+
+
+def test_visits_leave_padding_out_and_no_hook():
+    model, encode, _ = small_model(TINY, CPU)
+    batch = encode(["ACGT", "A"], 8)
+    counts = routing.visits(model, [batch, batch])
+    assert counts.sum(-1).tolist() == [[2 * 5 * TINY.K] * TINY.layers, [2 * 2 * TINY.K] * TINY.layers]
+    alone = routing.visits(model, [encode(["A"], 8)])
+    assert torch.equal(counts[1], 2 * alone[0])
+    assert not any(module.router._forward_hooks for module in routing.decoder_layers(model))
+
+
+def test_divergence_is_that_of_scipy():
+    from scipy.spatial.distance import jensenshannon
+
+    counts = torch.tensor([[[5.0, 3, 0, 2]], [[0, 1, 1, 6]], [[4, 4, 4, 4]]], dtype=torch.float64)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    expected = sum(jensenshannon(counts[a, 0], counts[b, 0]) ** 2 for a, b in pairs) / 3
+    assert routing.divergence(counts).tolist() == pytest.approx([expected])
+    apart = torch.eye(2, dtype=torch.float64)[:, None]
+    assert routing.divergence(apart).item() == pytest.approx(0.6931, abs=1e-4)  # nothing in common: ln 2
+    assert routing.effective(counts)[2].item() == pytest.approx(4)
+    assert routing.effective(apart).flatten().tolist() == [1, 1]
 
 
 def test_recording_leaves_padding_out_and_no_hook():

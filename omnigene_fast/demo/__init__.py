@@ -1,25 +1,34 @@
-"""`omnigene-fast demo`: real sequences through a stock and an accelerated Gemma-4 MoE, side by side."""
+"""`omnigene-fast demo`: real sequences through a stock and an accelerated Gemma-4 MoE, side by side, then training."""
 
 from pathlib import Path
 
 import torch
 
 from . import compare, layer
+from .lesson import Lesson, learn
 from .model import Size, load_checkpoint, load_texts, small_model
 
-__all__ = ["Size", "run"]
+__all__ = ["Lesson", "Size", "run"]
 
 
 def run(
-    device: torch.device, checkpoint: Path | None = None, *, true_shape: bool = True, size: Size | None = None
+    device: torch.device,
+    checkpoint: Path | None = None,
+    *,
+    true_shape: bool = True,
+    train: bool = True,
+    size: Size | None = None,
+    lesson: Lesson | None = None,
 ) -> None:
-    """Print parity per layer, the experts each family prefers, tokens/s, and one layer at the true shape.
+    """Print parity per layer, the experts each family prefers, tokens/s, training, and one layer at the true shape.
 
     Args:
         device: where the model runs.
         checkpoint: a directory with a transformers checkpoint and its tokenizer; a small random Gemma-4 by default.
         true_shape: also time one layer at Gemma-4-26B-A4B's size.
+        train: also train the small model for less than a minute; a checkpoint is never trained.
         size: of the small model and of the texts; tests pass a tiny one.
+        lesson: how much is trained.
 
     Raises:
         ValueError: `checkpoint` is not a checkpoint directory or has no mixture-of-experts layer.
@@ -41,8 +50,10 @@ def run(
         compare.preferences(model, batches, list(texts), random_weights=checkpoint is None),
         compare.speed(model, batches[0], size.rounds),
     ]
+    del model
+    if train and checkpoint is None:
+        summary.append(learn(device, size, lesson))
     if true_shape:
-        del model
         summary.append(layer.true_shape(device))
     print("summary")
     for line in summary:

@@ -54,9 +54,14 @@ def load_texts(count: int) -> dict[str, list[str]]:
     return texts
 
 
+def byte_ids(text: str) -> list[int]:
+    """UTF-8 bytes as token ids."""
+    return [BYTES + byte for byte in text.encode()]
+
+
 def encode_bytes(texts: list[str], length: int) -> Batch:
     """UTF-8 bytes behind a BOS, cut at `length` tokens and padded."""
-    rows = [[BOS, *(BYTES + byte for byte in text.encode())][:length] for text in texts]
+    rows = [[BOS, *byte_ids(text)][:length] for text in texts]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
@@ -78,6 +83,7 @@ def small_model(size: Size, device: torch.device, seed: int = 0) -> tuple[Any, E
         top_k_experts=size.K,
         enable_moe_block=True,
         num_hidden_layers=size.layers,
+        layer_types=["sliding_attention"] * (size.layers - 1) + ["full_attention"],
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -135,6 +141,8 @@ def _initialise(model: nn.Module, generator: torch.Generator) -> None:
             parameter.data.fill_(0.25)
         elif name.endswith("per_expert_scale"):
             parameter.data.uniform_(0.8, 1.2, generator=generator)
+        elif name == "model.norm.weight":
+            parameter.data.fill_(0.1)  # small logits: the loss of the untrained model is about ln(vocabulary)
         elif parameter.dim() == 1:
             parameter.data.fill_(1.0)
         else:

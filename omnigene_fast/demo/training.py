@@ -1,0 +1,153 @@
+"""Training with transformers' Trainer, measured: losses as they were computed, tokens/s, peak memory.
+
+Shared by `omnigene-fast demo` and examples/train_lora.py.
+"""
+
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from omnigene_fast.bench.floors import synchronize
+from omnigene_fast.bench.memory import peak_bytes
+
+IGNORED = -100  # the label of a token that is not learned
+WARM_UP = 5  # steps of a rising learning rate
+
+Sample = dict[str, list[int]]  # input_ids and labels, equally long
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train: `steps` optimizer steps, or fewer (but two) once `seconds` have passed, of `accumulate` batches."""
+
+    steps: int
+    batch: int = 4
+    accumulate: int = 1
+    learning_rate: float = 2e-4
+    seconds: float | None = None
+    checkpointing: bool = True
+    bf16: bool = True
+    liger: bool = False
+    optimizer: str = "adamw_torch"
+    seed: int = 0
+
+
+@dataclass
+class Run:
+    """What came of it."""
+
+    losses: list[float] = field(default_factory=list)  # one per optimizer step, before it
+    tokens: int = 0  # that were timed, padding left out
+    seconds: float = 0.0  # without the first step, which warms up
+    peak: int | None = None  # bytes beyond the model's own
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second; NaN if only the first step ran."""
+        return self.tokens / self.seconds if self.seconds else float("nan")
+
+
+def chunks(ids: list[int], length: int) -> list[Sample]:
+    """A document as samples of at most `length` tokens, every one of them learned."""
+    parts = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return [{"input_ids": part, "labels": part} for part in parts if len(part) > 1]
+
+
+def collate(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
+    """Samples as one batch, padded on the right."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+
+    def padded(key: str, value: int) -> Tensor:
+        return torch.tensor([sample[key] + [value] * (longest - len(sample[key])) for sample in samples])
+
+    mask = torch.tensor([[1] * len(each["input_ids"]) + [0] * (longest - len(each["input_ids"])) for each in samples])
+    return {"input_ids": padded("input_ids", pad), "attention_mask": mask, "labels": padded("labels", IGNORED)}
+
+
+def train(model: Any, samples: Sequence[Sample], plan: Plan, *, pad: int, title: str) -> Run:
+    """Train what requires a gradient in `model`, in place, and measure.
+
+    The order of the samples depends on `plan.seed` alone. `title` labels the progress bar.
+    """
+    device = next(model.parameters()).device
+    run = Run()
+    bar = tqdm(total=plan.steps, desc=title, unit="step")
+    with tempfile.TemporaryDirectory() as nowhere, warnings.catch_warnings(), bar:
+        warnings.simplefilter("ignore", FutureWarning)  # checkpointing's arguments get other names in transformers 6
+        arguments = TrainingArguments(
+            nowhere,
+            max_steps=plan.steps,
+            per_device_train_batch_size=plan.batch,
+            gradient_accumulation_steps=plan.accumulate,
+            learning_rate=plan.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=WARM_UP,
+            optim=plan.optimizer,
+            bf16=plan.bf16,
+            gradient_checkpointing=plan.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            use_liger_kernel=plan.liger,
+            liger_kernel_config={"fused_linear_cross_entropy": True, "rms_norm": False, "geglu": False},
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type == "cuda",
+            seed=plan.seed,
+            remove_unused_columns=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=list(samples),
+            data_collator=lambda rows: collate(rows, pad),
+            callbacks=[_Watch(run, plan, device, bar)],
+        )
+        trainer.measured = run
+        trainer.remove_callback(PrinterCallback)  # we print
+        run.peak = peak_bytes(trainer.train, device)
+    return run
+
+
+class _Trainer(Trainer):
+    measured: Run
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Keep the loss: Trainer's own log has the running mean, and the comparison wants every digit."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        # With accumulation each batch's loss is its share of the step's, because Gemma-4 divides by the step's tokens.
+        self.measured.losses[-1] += (loss[0] if isinstance(loss, tuple) else loss).item()
+        self.measured.tokens += int(inputs["attention_mask"].sum())
+        return loss
+
+
+class _Watch(TrainerCallback):
+    def __init__(self, run: Run, plan: Plan, device: torch.device, bar: Any) -> None:
+        self.run, self.plan, self.device, self.bar = run, plan, device, bar
+        self.begin = time.perf_counter()
+        self.timed = self.begin
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.run.losses.append(0.0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        synchronize(self.device)
+        now = time.perf_counter()
+        if len(self.run.losses) == 1:
+            self.run.tokens, self.timed = 0, now
+        self.run.seconds = now - self.timed
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{self.run.losses[-1]:.4f}")
+        late = self.plan.seconds is not None and now - self.begin > self.plan.seconds
+        if late and len(self.run.losses) > 1:  # one step alone has no speed
+            control.should_training_stop = True
+        return control
