@@ -43,10 +43,38 @@ def test_paths_in_the_layout_exist():
         assert (ROOT / name).is_dir(), name
 
 
-def test_example_is_valid_python():
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    compile(example, "README.md", "exec")
-    assert len(example.splitlines()) <= 10
+def test_examples_are_valid_python():
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        compile(example, "README.md", "exec")
+        assert len(example.splitlines()) <= 10
+
+
+def test_training_example_trains(tmp_path, monkeypatch):
+    """The README's second example on a tiny model, as it stands there."""
+    import torch
+
+    import omnigene_fast
+    from omnigene_fast.demo.model import Size, small_model
+    from omnigene_fast.demo.training import chunks
+
+    monkeypatch.chdir(tmp_path)
+    example = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    model = small_model(Size(H=32, I=16, E=4, K=2, layers=1), torch.device("cpu"))[0]
+    dataset = [{**sample, "attention_mask": [1] * 8} for sample in chunks(list(range(3, 19)), 8)]
+    names: dict = {"model": model, "omnigene_fast": omnigene_fast, "dataset": dataset}
+    exec(example, names)
+    trained = [p for name, p in names["model"].named_parameters() if "router.proj.lora_B" in name]
+    assert trained
+    assert all(parameter.any() for parameter in trained)  # lora_B starts as zeros
+
+
+def test_script_options_exist():
+    script = (ROOT / "examples" / "train_lora.py").read_text()
+    for line in re.findall(r"^python examples/train_lora.py (.*?)(?:\s+#.*)?$", README.read_text(), re.MULTILINE):
+        for option in re.findall(r"--[\w-]+", line):
+            assert f'"{option}"' in script, option
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.name)
