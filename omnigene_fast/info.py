@@ -12,7 +12,20 @@ import torch
 
 from . import backends
 
-PACKAGES = ("omnigene-fast", "torch", "transformers", "triton", "numpy", "peft", "pytest-benchmark", "matplotlib")
+PACKAGES = (
+    "omnigene-fast",
+    "torch",
+    "transformers",
+    "triton",
+    "numpy",
+    "peft",
+    "accelerate",
+    "datasets",
+    "trl",
+    "bitsandbytes",
+    "pytest-benchmark",
+    "matplotlib",
+)
 VARIABLES = ("OMNIGENE_FAST_CPU_ISA", "OMNIGENE_FAST_CHECK_IDS", "TRITON_INTERPRET")
 
 

@@ -100,7 +100,8 @@ def test_loads(load, dtype, save, backend):
 @backends
 @dtypes
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 30.0])
-def test_magnitudes(magnitude, dtype, backend):
+def test_bug_03_small_values_and_large(magnitude, dtype, backend):
+    """3: SonicMoE #2, #63: at values ~1e-5 an absolute tolerance sees nothing."""
     assert_as_accurate(problem(dtype=dtype, rank=3, magnitude=magnitude), backend=backend)
 
 
@@ -136,8 +137,8 @@ def test_any_shape(backend, T, E, K, H, I, ranks, save, seed):  # noqa: E741
 @backends
 @saves
 @dtypes
-def test_sentinels(dtype, save, backend):
-    """Ids >= E are picks of other ranks: no gradient comes from them, whatever their weight, and theirs is zero."""
+def test_bug_39_sentinels_send_no_gradient(dtype, save, backend):
+    """39: ids >= E are picks of other ranks: no gradient comes from them, whatever their weight; theirs is zero."""
     p = problem(65, rank=3, dtype=dtype)
     sentinel = torch.zeros_like(p.index, dtype=torch.bool)
     sentinel[::2, 1] = sentinel[::3, 3] = sentinel[4] = True

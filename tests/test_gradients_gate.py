@@ -183,7 +183,8 @@ def test_route_parity_rejects(control, dtype, backend):
 
 @backends
 @dtypes
-def test_route_bit_equal_and_inputs_unchanged(dtype, backend):
+def test_bug_13_two_runs_two_gradients_and_inputs_unchanged(dtype, backend):
+    """13: 20 runs, bit for bit; 4: nothing that was given is written to."""
     p = Problem(129, 128, 8, 96, dtype=dtype)
     copies = [p.hidden.clone(), *(x.clone() for x in p.arguments.values())]
     first = p.ours(backend=backend)

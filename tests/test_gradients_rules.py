@@ -78,7 +78,8 @@ def test_bug_04_a_backward_that_writes_into_its_inputs(dtype, save, backend):
 @backends
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("mode", ROUTINGS)
-def test_bit_equal_over_20_runs(mode, threads, backend):
+def test_bug_13_two_runs_two_gradients(mode, threads, backend):
+    """13: Unsloth's `index_add_` and pipelined stores: 20 runs, bit for bit."""
     if backend == "reference" and threads > 1:
         pytest.skip("torch's own products, not ours, and slow to start threads for")
     p = problem(129, 32, 8, 96, 40, dtype=BF16, rank=16, mode=mode)

@@ -1,6 +1,7 @@
-"""Bugs that shipped elsewhere, each a test here: the forward pass, the operators and the integration.
+"""Bugs that shipped elsewhere, each a test here: the operators and the integration.
 
-Packaging has its own in test_packaging.py, the GPU kernels theirs in tests/kernels. The numbers are those of the
+Those of gradients, training and LoRA are in test_gradients*.py, test_training.py and test_peft.py (`-k bug_` runs all),
+those of packaging in test_packaging.py, those of the GPU kernels in tests/kernels. The numbers are those of the
 project's list of known bugs.
 """
 
@@ -20,7 +21,7 @@ import omnigene_fast
 from omnigene_fast import reference
 from omnigene_fast.ops import expert_mlp, route, topk_gate
 
-from . import helpers
+from . import gradients, helpers
 from .helpers import (
     HIDDEN,
     assert_as_accurate,
@@ -88,6 +89,18 @@ def test_bug_02_erf_for_tanh_gelu(backend):
 
 
 @backends
+def test_bug_02_slope_of_erf_for_tanh_gelu(backend):
+    """2: the same in the backward, where the two slopes are as far apart."""
+    p = gradients.problem()
+    truth = {activation: gradients.truth(p, activation=activation) for activation in ("gelu_tanh", "gelu")}
+    for activation, other in (("gelu_tanh", "gelu"), ("gelu", "gelu_tanh")):
+        mine = gradients.ours(p, backend=backend, activation=activation)
+        for name, gradient in mine.items():
+            assert relative_error(gradient, truth[activation][name]) < 2e-6, name
+            assert relative_error(gradient, truth[other][name]) > 5e-5, name
+
+
+@backends
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 30.0])
 def test_bug_03_small_values_under_an_absolute_tolerance(magnitude, dtype, backend):
@@ -117,7 +130,7 @@ def test_bug_05_tails_and_strides(T, backend):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
 def test_bug_05_extreme_gates_stay_finite(activation, dtype, backend):
-    """5: Liger #1398: non-finite values at extreme gates. Forward part."""
+    """5: Liger #1398: non-finite values at extreme gates."""
     gate = torch.tensor([-1e4, -100.0, -20.0, -9.0, 0.0, 9.0, 20.0, 100.0, 1e4])
     hidden = gate[:, None].to(dtype)
     gate_up = torch.tensor([[[1.0], [0.0]]], dtype=dtype)  # gate = x, up = 0: act(x) * 0 must be 0, not NaN
@@ -211,15 +224,23 @@ def test_bug_13_two_runs_two_results(mode, backend):
         assert all(torch.equal(mine, same) for mine, same in zip(once(), first, strict=True))
 
 
-def test_bug_18_adapter_keys_that_match_nothing():
+@pytest.mark.parametrize("on_experts", [False, True])
+def test_bug_18_adapter_keys_that_match_nothing(on_experts):
     """18: OmniGene-4's scripts load LoRA tensors by name and skip what they do not find: names must not change."""
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "router.proj"], init_lora_weights=False)
+    parameters = ["experts.gate_up_proj", "experts.down_proj"] if on_experts else None
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "router.proj"], target_parameters=parameters, init_lora_weights=False
+    )
     stock = peft.get_peft_model(helpers.gemma4(), config)
-    ours = omnigene_fast.accelerate(peft.get_peft_model(helpers.gemma4(), config))
-    assert list(ours.state_dict()) == list(stock.state_dict())
-    result = ours.load_state_dict(stock.state_dict(), strict=True)
-    assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    assert relative_error(logits(ours), logits(stock)) < 1e-5
+    for order in ("peft first", "accelerate first"):
+        if order == "peft first":
+            ours = omnigene_fast.accelerate(peft.get_peft_model(helpers.gemma4(), config))
+        else:
+            ours = peft.get_peft_model(omnigene_fast.accelerate(helpers.gemma4()), config)
+        assert list(ours.state_dict()) == list(stock.state_dict())
+        result = ours.load_state_dict(stock.state_dict(), strict=True)
+        assert (result.missing_keys, result.unexpected_keys) == ([], [])
+        assert relative_error(logits(ours), logits(stock)) < 1e-5
 
 
 @backends
@@ -318,7 +339,7 @@ def test_bug_38_a_wrapped_projection_read_as_a_weight(wrap):
 @backends
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_bug_39_sentinels_enter_the_product(dtype, backend):
-    """39: FSDP/EP ranks mark picks of other ranks with id == E; NaN weights there must not matter. Forward part."""
+    """39: FSDP/EP ranks mark picks of other ranks with id == E; NaN weights there must not matter."""
     experts = stock_experts(16, 67, 35, dtype)
     hidden, (index, weights) = torch.randn(33, 67).to(dtype), routing("uniform", 33, 4, 16, seed=0)
     expected = run(experts, hidden, index, weights.masked_fill(index >= 8, 0.0), backend)

@@ -98,14 +98,21 @@ def _projection(experts: Any, name: str, lora: Mapping[str, Sequence[Factors]] |
         # A LoRA wrapper that runs PEFT's own way leaves its factors here; reading the attribute would build the sum.
         if all(hasattr(step, "lhs") and hasattr(step, "rhs") and hasattr(step, "scaling") for step in steps):
             weight = steps.original
-            pairs += [(step.lhs * step.scaling, step.rhs) for step in steps]
+            pairs += [(scaled(step.lhs, step.scaling), step.rhs) for step in steps]
     if weight is None:
         weight = getattr(experts, name)
     if not pairs:
         return weight, None
     if len(pairs) == 1:
-        return weight, (pairs[0][0].contiguous(), pairs[0][1].contiguous())
+        return weight, pairs[0]
     return weight, (torch.cat([lhs for lhs, _ in pairs], dim=2), torch.cat([rhs for _, rhs in pairs], dim=1))
+
+
+def scaled(lhs: Tensor, scaling: float) -> Tensor:
+    """`lhs` [E, out, r] times `scaling`, contiguous."""
+    # PEFT keeps it as [out, r, E]: flattened, the copy is one transposition of a matrix, which torch does in blocks.
+    packed = lhs.flatten(1).contiguous().view(lhs.shape)
+    return packed if scaling == 1 else packed * scaling
 
 
 def is_experts(module: nn.Module) -> bool:

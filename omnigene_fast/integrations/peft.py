@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
-from .experts import NAME, Factors, implementation, is_experts
+from .experts import NAME, Factors, implementation, is_experts, scaled
 
 
 def is_wrapper(module: nn.Module) -> bool:
@@ -92,5 +92,5 @@ def _factors(wrapper: Any) -> list[Factors] | None:
             lhs, rhs, scaling = wrapper.get_delta_factors(adapter)
             if weight.dtype not in ops.DTYPES or (*lhs.shape[:2], rhs.shape[2]) != tuple(weight.shape):
                 return None
-            pairs.append((lhs * scaling, rhs))
+            pairs.append((scaled(lhs, scaling), rhs))
     return pairs
