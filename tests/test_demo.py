@@ -11,7 +11,7 @@ import torch
 from omnigene_fast import demo
 from omnigene_fast.bench import runner
 from omnigene_fast.bench.floors import Probe
-from omnigene_fast.demo import compare, layer, lesson, routing
+from omnigene_fast.demo import compare, layer, lesson, routing, training
 from omnigene_fast.demo.model import BOS, BYTES, PAD, encode_bytes, load_texts, small_model
 
 CPU = torch.device("cpu")
@@ -71,7 +71,14 @@ def test_demo_prints_every_part(capsys):
     assert "within the bound of 2x" in out
 
 
-def test_training_has_the_stock_losses_and_learns(capsys):
+def test_training_has_the_stock_losses_and_learns(monkeypatch, capsys):
+    ran = []
+    train = training.train
+    monkeypatch.setattr(
+        training,
+        "train",
+        lambda model, *a, **k: ran.append(model.get_experts_implementation()) or train(model, *a, **k),
+    )
     line = lesson.learn(CPU, TINY, demo.Lesson(steps=12, seconds=60, compared=3, batch=3, length=24))
     out = capsys.readouterr().out
     stock, ours = (
@@ -79,6 +86,7 @@ def test_training_has_the_stock_losses_and_learns(capsys):
         for row in out.splitlines()
         if row.split()[:1] in (["stock"], ["accelerated"])
     )
+    assert ran == ["omnigene_fast", "grouped_mm"]
     assert len(set(stock)) == 3
     assert ours == pytest.approx(stock, rel=1e-5)
     before, after = map(float, re.search(r"held-out loss (\S+) to (\S+) in 12 steps", line).groups())
@@ -90,7 +98,7 @@ def test_training_has_the_stock_losses_and_learns(capsys):
 def test_training_without_accelerate_is_skipped_in_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(lesson.importlib.util, "find_spec", lambda name: None)
     assert "not installed" in lesson.learn(CPU, TINY)
-    assert "pip install accelerate" in capsys.readouterr().out
+    assert "pip install 'omnigene-fast[train]'" in capsys.readouterr().out
 
 
 def test_visits_leave_padding_out_and_no_hook():

@@ -19,7 +19,7 @@ HELD_OUT = 6  # of these, the last ones, are not trained on
 
 @dataclass(frozen=True)
 class Lesson:
-    """How much is trained: at most `steps` in about `seconds`, after `compared` steps of a stock copy in half of it."""
+    """How much is trained: at most `steps` in about `seconds`, then `compared` steps of a stock copy in half of it."""
 
     steps: int = 400
     seconds: float = 40.0
@@ -31,12 +31,14 @@ class Lesson:
 def learn(device: torch.device, size: Size, lesson: Lesson | None = None) -> str:
     """Train the small model in float32, print what changed, and return the summary line.
 
-    The optimizer, the data loader and the loss are those of transformers' Trainer, which needs `accelerate`; without
-    it a sentence says that this part was skipped.
+    The optimizer, the data loader and the loss are those of transformers' Trainer, which needs the package
+    accelerate; without it a sentence says that this part was skipped.
     """
     lesson = lesson or Lesson()
     if importlib.util.find_spec("accelerate") is None:
-        print("training: skipped, transformers' Trainer needs the package accelerate (pip install accelerate)\n")
+        print(
+            "training: skipped, transformers' Trainer needs the package accelerate (pip install 'omnigene-fast[train]')\n"
+        )
         return "training: skipped, the package accelerate is not installed"
     from .training import Plan, chunks, train
 
@@ -62,12 +64,11 @@ def learn(device: torch.device, size: Size, lesson: Lesson | None = None) -> str
         flush=True,
     )
     stock_model = copy.deepcopy(model)
-    stock = train(stock_model, samples, plan(lesson.compared, lesson.seconds / 2), pad=PAD, title="stock")
-    del stock_model
     omnigene_fast.accelerate(model)
     before, counts_before = _losses(model, held_out), routing.visits(model, held_out)
     ours = train(model, samples, plan(lesson.steps, lesson.seconds), pad=PAD, title="accelerated")
     after, counts_after = _losses(model, held_out), routing.visits(model, held_out)
+    stock = train(stock_model, samples, plan(lesson.compared, lesson.seconds / 2), pad=PAD, title="stock")
 
     apart = max(abs(a - b) / abs(a) for a, b in zip(stock.losses, ours.losses, strict=False))
     print(f"\n  {'':<12}{'steps':>7}{'tokens/s':>10}{'peak MB':>9}   loss of the first steps")
