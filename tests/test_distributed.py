@@ -17,8 +17,6 @@ CASES = [
     ("ddp", "full"),
     ("ddp", "lora on experts"),
     ("fsdp2", "full"),
-    ("fsdp2", "lora on experts"),
-    ("fsdp2 by module", "full"),
     ("fsdp2 by module", "lora on experts"),
 ]
 

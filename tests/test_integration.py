@@ -175,19 +175,6 @@ def test_compiled_model_equals_eager(backend):
     assert "omnigene_fast" in model.config._experts_implementation
 
 
-def test_inductor():
-    layer = accelerate(helpers.gemma4())
-    block = moe_layers(layer)[0]
-
-    def moe(hidden):
-        _, weights, index = block.router(hidden)
-        return block.experts(hidden, index, weights)
-
-    hidden = torch.randn(9, HIDDEN)
-    with torch.no_grad():
-        assert relative_error(torch.compile(moe, fullgraph=True)(hidden), moe(hidden)) < 1e-6
-
-
 def test_accelerating_a_compiled_model_takes_effect(calls):
     stock = helpers.gemma4()
     compiled = torch.compile(stock, backend="eager")

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -280,27 +281,24 @@ def test_bug_23_no_layer_found_and_no_error():
 
 ISA_SCRIPT = """
 import torch
-from omnigene_fast import reference
 from omnigene_fast.backends import cpu
-from omnigene_fast.ops import expert_mlp, route
+from omnigene_fast.ops import SAVE, route
+from omnigene_fast import reference
+from tests.gradients import Comparison, ours, problem, stock, truth
+from tests.test_gradients_gate import Problem
 
 reason = cpu.unavailable(torch.device("cpu"))
 if reason:
     print(reason)
     raise SystemExit
-torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    hidden, gate_up, down = torch.randn(37, 67), torch.randn(16, 70, 67) / 8, torch.randn(16, 67, 35) / 6
-    hidden, gate_up, down, proj = (x.to(dtype) for x in (hidden, gate_up, down, torch.randn(16, 67)))
-    ones = torch.ones(67, dtype=dtype), torch.ones(16, dtype=dtype)
-    gate = route(hidden, proj, *ones, top_k=4, eps=1e-6, backend="cpu")
-    same = reference.route(hidden, proj, *ones, top_k=4, eps=1e-6)
-    arguments, options = (hidden, gate_up, down, same[2], same[1]), {"activation": "gelu_tanh"}
-    out = expert_mlp(*arguments, **options, backend="cpu")
-    torch_own = reference.expert_mlp(*arguments, **options)
-    exact = reference.expert_mlp(*(x.double() if x.is_floating_point() else x for x in arguments), **options)
-    ours, theirs = ((x.double() - exact).norm() / exact.norm() for x in (out, torch_own))
-    assert ours <= 2 * theirs + 1e-6, (dtype, ours, theirs)
+    for save in SAVE:
+        p = problem(229, 5, 2, 67, 35, dtype=dtype, rank=(3, 17))
+        Comparison().add(ours(p, backend="cpu", save=save), stock(p), truth(p)).check()
+    p = Problem(dtype=dtype)
+    Comparison().add(p.ours(backend="cpu"), p.stock(), p.truth()).check()
+    gate = route(p.hidden, **p.arguments, top_k=4, eps=p.eps, backend="cpu")
+    same = reference.route(p.hidden, **p.arguments, top_k=4, eps=p.eps)
     assert (gate[0] - same[0]).norm() <= 2 * torch.finfo(dtype).eps * same[0].norm(), dtype
 print("isa", cpu.isa())
 """
@@ -311,6 +309,7 @@ def test_bug_34_every_isa_path_runs(isa):
     """34: vLLM and SGLang treat CPUs without AMX as scalar: each path runs by override and names itself."""
     done = subprocess.run(
         [sys.executable, "-c", ISA_SCRIPT],
+        cwd=Path(__file__).parent.parent,
         env=os.environ | {"OMNIGENE_FAST_CPU_ISA": isa},
         capture_output=True,
         text=True,

@@ -8,6 +8,7 @@ adapters, mixed batches, parameters of another layout.
 """
 
 import functools
+import logging
 import sys
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from .experts import NAME, Factors, implementation, is_experts, scaled
+
+logger = logging.getLogger("omnigene_fast")
 
 
 def is_wrapper(module: nn.Module) -> bool:
@@ -28,6 +31,8 @@ def install(wrapper: nn.Module) -> None:
     slot = "_old_forward" if "_old_forward" in wrapper.__dict__ else "forward"  # behind the accelerate library's hook
     if slot == "_old_forward" or slot not in wrapper.__dict__ or _is_ours(wrapper.__dict__[slot]):
         wrapper.__dict__[slot] = functools.partial(_wrapper_forward, wrapper)
+        if not hasattr(wrapper, "get_delta_factors"):
+            _say_that_peft_is_old()
 
 
 def uninstall(module: nn.Module) -> None:
@@ -36,6 +41,14 @@ def uninstall(module: nn.Module) -> None:
         del module.__dict__["forward"]
     if _is_ours(module.__dict__.get("_old_forward")):
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+
+
+@functools.cache
+def _say_that_peft_is_old() -> None:
+    logger.warning(
+        "This PEFT builds the merged weights of all experts in every forward, because it does not tell the factors of"
+        " its LoRA; install peft>=0.21."
+    )
 
 
 @functools.cache
