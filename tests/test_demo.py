@@ -86,7 +86,7 @@ def test_training_has_the_stock_losses_and_learns(monkeypatch, capsys):
         for row in out.splitlines()
         if row.split()[:1] in (["stock"], ["accelerated"])
     )
-    assert ran == ["omnigene_fast", "grouped_mm"]
+    assert ran == [{"": "omnigene_fast"}, {"": "grouped_mm"}]
     assert len(set(stock)) == 3
     assert ours == pytest.approx(stock, rel=1e-5)
     before, after = map(float, re.search(r"held-out loss (\S+) to (\S+) in 12 steps", line).groups())

@@ -36,9 +36,7 @@ def learn(device: torch.device, size: Size, lesson: Lesson | None = None) -> str
     """
     lesson = lesson or Lesson()
     if importlib.util.find_spec("accelerate") is None:
-        print(
-            "training: skipped, transformers' Trainer needs the package accelerate (pip install 'omnigene-fast[train]')\n"
-        )
+        print("training: skipped, transformers' Trainer needs accelerate (pip install 'omnigene-fast[train]')\n")
         return "training: skipped, the package accelerate is not installed"
     from .training import Plan, chunks, train
 
