@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 
 from omnigene_fast.demo.model import BOS, EOS, small_model
 from omnigene_fast.demo.training import IGNORED, Plan, Run, chunks, collate, train
+
+from .helpers import gemma4, gemma4_conditional
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_lora.py"
 CPU = torch.device("cpu")
@@ -129,6 +132,25 @@ def test_adapter_survives_a_file(script, options, tmp_path, experts):
         script.omnigene_fast.accelerate(again)
         assert torch.equal(again(input_ids=ids).logits, expected)
     assert (plain - expected).abs().max() > 1e-2  # without the adapter it is another model
+
+
+@pytest.mark.parametrize("make", [gemma4, gemma4_conditional], ids=["causal", "conditional"])
+def test_checkpoint_with_its_tokenizer(script, options, tmp_path, capsys, make):
+    """Any Gemma-4 MoE checkpoint: that of a text model, and the released kind with a vision tower, left alone."""
+    from transformers import ByT5Tokenizer
+
+    make().save_pretrained(tmp_path / "model")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
+    options("--stock", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "adapter"))
+    script.main()
+    losses = figures(capsys.readouterr().out)
+    assert len(losses) == 3
+    for stock, ours in losses:
+        assert ours == pytest.approx(stock, rel=1e-5)
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert any("router.proj" in name for name in names)
+    assert not any("vision" in name for name in names)
 
 
 def test_prompts_are_not_learned(script, options, tmp_path):
