@@ -142,7 +142,7 @@ def _memory_losses(where: str, ours: Row, case: list[Row], goals: bool) -> list[
     if not peers or ours.get("peak_mb") is None:
         return []
     leanest = min(peers, key=lambda row: row["peak_mb"])
-    if ours["peak_mb"] > leanest["peak_mb"]:
+    if ours["peak_mb"] > 1.01 * leanest["peak_mb"]:
         return [f"{where}: {_megabytes(ours)} MB at its peak, {leanest['provider']} {_megabytes(leanest)} MB"]
     H, I, E, _ = ours["shape"]  # noqa: E741
     merged = 3 * H * I * E * 2 / 1e6
