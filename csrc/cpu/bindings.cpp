@@ -121,7 +121,7 @@ void topk_gate(uintptr_t logits, int64_t logits_stride, uintptr_t per_expert_sca
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of omnigene_fast; use them through omnigene_fast.ops.";
   m.def("isa", [] { return std::string(kernels().name); });
-  py::class_<ExpertArgs>(m, "ExpertArgs").def(py::init(&expert_args));
+  py::class_<ExpertArgs>(m, "ExpertArgs", py::module_local()).def(py::init(&expert_args));
   m.def("expert_mlp", &expert_mlp);
   m.def("expert_mlp_grad", &expert_mlp_grad);
   m.def("topk_gate_grad", &topk_gate_grad);

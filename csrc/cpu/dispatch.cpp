@@ -1,5 +1,8 @@
 // Chooses the instruction set once, and owns everything that must not be compiled for a particular one.
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -73,6 +76,17 @@ void trim_scratch() {
       own.memory[slot] = nullptr;
       own.bytes[slot] = 0;
     }
+}
+
+void prefer_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = uintptr_t(2) << 20;
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(memory) + bytes) / PAGE * PAGE;
+  if (memory && to >= from + 8 * PAGE) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 namespace {

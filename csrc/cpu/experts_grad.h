@@ -14,6 +14,9 @@
 namespace omnigene {
 namespace {
 
+constexpr int64_t Y_BYTES = 32 << 20;
+constexpr int64_t UP_COLUMNS = 512;  // of the up-projection's gradient product in one go: 1 KB of each row
+
 template <class M, class X>
 class ExpertGrad {
   using Weight = typename M::Weight;
@@ -44,13 +47,13 @@ class ExpertGrad {
     arena.take(h_rhs_, g_.d_down_lhs ? TK * down_rank_ : 0);
     arena.place(static_cast<char*>(scratch(1, arena.bytes)));
 
-    // d_hidden: as in the forward, a slab of columns keeps y near the cores.
-    int64_t columns = (int64_t(8) << 20) / (TK * 4) / STRIP * STRIP;
-    columns = smaller(larger(columns, 4 * STRIP), 16 * STRIP);
+    // d_hidden: slabs only bound y, which is written once. Long pieces of the weights' rows matter more.
+    int64_t columns = Y_BYTES / (TK * 4) / STRIP * STRIP;
+    columns = larger(columns, 4 * STRIP);
     const int64_t slabs = g_.d_hidden ? ceil_div(H, columns) : 0;
     if (slabs) columns = round_up(ceil_div(H, slabs), STRIP);
     const int64_t y_size = round_up(TK * columns, 16);
-    float* y = slabs ? static_cast<float*>(scratch(2, 2 * y_size * 4)) : nullptr;  // in turn, as in the forward
+    float* y = slabs ? static_cast<float*>(scratch(2, smaller(slabs, 2) * y_size * 4)) : nullptr;  // in turn, as in the forward
 
     list_outer_jobs();
     const double flops = 6.0 * double(TK) * double(H) * double(I);
@@ -177,7 +180,7 @@ class ExpertGrad {
   int64_t rows_bytes() const { return std::is_same_v<X, Activation> || !x_rhs_ ? 0 : max_pass<M>() * f_.H * 4; }
   int64_t tail_bytes() const {
     const int64_t rhs = larger(x_rhs_ ? f_.H : 0, h_rhs_ ? f_.I : 0) * round_up(longest_rank(), 8);
-    return larger(256 * STRIP, rhs) * int64_t(sizeof(Weight)) + 64;
+    return larger(BLOCK_ROWS * STRIP, rhs) * int64_t(sizeof(Weight)) + 64;
   }
   int64_t list_bytes() const { return larger(picks_.most, max_pass<M>()) * 8; }
   int64_t workspace_bytes() const {
@@ -343,8 +346,13 @@ class ExpertGrad {
     load_d_pre(ws, which);
     for (int i = 0; i < pass.n; ++i) ws.out[i] = y + picks_of(pass)[i] * columns;
     const Weight* w = gate_up_weight(pass.expert) + first;
-    const Weight* ahead = next < 0 ? nullptr : gate_up_weight(picks_.pass[next].expert) + first;
-    times_rows<M>(ws.x, Slab<Weight>{w, f_.gate_up_row_stride, 2 * f_.I, live, ahead}, ws.out, 0, false, ws.tail);
+    for (int64_t c = 0; c < live; c += UP_COLUMNS) {
+      const int64_t some = smaller(live - c, UP_COLUMNS);
+      const Weight* ahead = c + UP_COLUMNS < live ? w + c + UP_COLUMNS
+                            : next < 0      ? nullptr
+                                            : gate_up_weight(picks_.pass[next].expert) + first;
+      times_rows<M>(ws.x, Slab<Weight>{w + c, f_.gate_up_row_stride, 2 * f_.I, some, ahead}, ws.out, c, false, ws.tail);
+    }
     if (up_rank_) {
       ws.loaded = -1;
       load<Activation>(ws, pass, Source{d_lhs_, up_rank_, up_rank_, false});
@@ -388,6 +396,7 @@ class ExpertGrad {
     const int64_t units = token_units<M>(picks_.most);
     outer_rows_ = units <= 64 ? 384 : units <= 256 ? 192 : 96;  // multiples of a tile's rows and of a packing step
     for (int j = 0; j < job_count_; ++j) {
+      prefer_huge_pages(jobs_[j].out, f_.E * jobs_[j].a.width * jobs_[j].b.width * sizeof(Weight));
       jobs_[j].blocks = ceil_div(jobs_[j].a.width, outer_rows_);
       outer_tasks_ += jobs_[j].blocks * f_.E;
     }

@@ -125,7 +125,8 @@ struct Slab {
   const Weight* next;
 };
 
-constexpr int64_t BLOCK_BYTES = 192 << 10;  // of a slab that a core holds in its second-level cache while tokens pass
+constexpr int64_t BLOCK_BYTES = 320 << 10;  // of a slab that a core holds in its second-level cache while tokens pass
+constexpr int64_t BLOCK_ROWS = 1024;        // at most
 constexpr int FEW = 8;                      // tokens for which memory is the bound: see stream_in
 
 // out[t][at : at + columns] (+)= tokens times the slab. Rows of `out` have room for whole strips; `tail` holds rows of
@@ -137,7 +138,7 @@ inline void times_rows(const Panel& x, const Slab<typename M::Weight>& slab, flo
   const int64_t strips = slab.columns / STRIP, rest = slab.columns % STRIP;
   const int groups = (x.n + MAX_GROUP - 1) / MAX_GROUP;
   int64_t block = BLOCK_BYTES / int64_t(slab.columns * sizeof(Weight)) / 2 * 2;
-  block = block < 32 ? 32 : block > 256 ? 256 : block;
+  block = block < 32 ? 32 : block > BLOCK_ROWS ? BLOCK_ROWS : block;
   const int64_t row_bytes = slab.columns * int64_t(sizeof(Weight)), stride_bytes = slab.stride * int64_t(sizeof(Weight));
   const bool few = x.n <= FEW;
   for (int64_t k = 0; k < slab.rows; k += block) {
