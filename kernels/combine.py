@@ -1,10 +1,11 @@
-"""Combine: each token's sum over its experts' outputs, with its weights.
+"""Combine: each token's sum over its rows. Forward, of its experts' outputs with its weights; backward, of its hidden
+state's gradients, which hold the weights already.
 
 | array    | shape  | dtype            | meaning                                                        |
 |----------|--------|------------------|----------------------------------------------------------------|
-| y        | [N, H] | bf16, fp16, fp32 | output of a row's expert, by position (expert_forward.py)      |
+| y        | [N, H] | bf16, fp16, fp32 | what a row's expert gave, by position                          |
 | position | [N]    | int32            | row -> position, -1 for a row of no expert (dispatch.py)       |
-| weights  | [T, K] | any float        | row's weight                                                   |
+| weights  | [T, K] | any float        | row's weight, or None: each is 1                               |
 | out      | [T, H] | dtype of y       | sum over k in the order 0..K-1, in float32, rounded once       |
 """
 
@@ -21,9 +22,12 @@ def _add_pick(total, y_ptr, position_ptr, weights_ptr, row, h, H):
     """total + weight * y of one row; a row of no expert adds 0 and is not read: its weight may be anything."""
     position = tl.load(position_ptr + row).to(tl.int64)
     held = position >= 0
-    weight = tl.load(weights_ptr + row, mask=held, other=0.0).to(tl.float32)
     columns = tl.where(held, H, 0)
-    return total + weight * tl.load(y_ptr + position * H + h, mask=h < columns, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + position * H + h, mask=h < columns, other=0.0).to(tl.float32)
+    if weights_ptr is None:
+        return total + y
+    else:
+        return total + tl.load(weights_ptr + row, mask=held, other=0.0).to(tl.float32) * y
 
 
 @triton.jit
@@ -41,7 +45,7 @@ def _combine_fwd_kernel(
 
     y_ptr         [N, H] bf16, fp16 or fp32
     position_ptr  [N] int32
-    weights_ptr   [N] any float
+    weights_ptr   [N] any float; or None
     out_ptr       [T, H] dtype of y, written
     """
     token = tl.program_id(0).to(tl.int64)
@@ -56,13 +60,20 @@ def _combine_fwd_kernel(
     tl.store(out_ptr + token * H + h, round_to(total, out_ptr.dtype.element_ty), mask=h < H)
 
 
-def launch_combine_fwd(y: Tensor, position: Tensor, weights: Tensor) -> Tensor:
-    """out [T, H] from y [N, H] by position and weights [T, K]."""
-    T, top_k = weights.shape
-    H = y.shape[1]
+def launch_combine_fwd(y: Tensor, position: Tensor, weights: Tensor | None, top_k: int) -> Tensor:
+    """out [T, H] from y [N, H] by position, and weights [T, K] or None for ones."""
+    N, H = y.shape
+    T = N // top_k
     out = torch.empty((T, H), dtype=y.dtype, device=y.device)
     block_h = 1024
     _combine_fwd_kernel[(T, triton.cdiv(H, block_h))](
-        y, position, weights.contiguous(), out, H, TOP_K=top_k, BLOCK_H=block_h, num_warps=4
+        y,
+        position,
+        None if weights is None else weights.contiguous(),
+        out,
+        H,
+        TOP_K=top_k,
+        BLOCK_H=block_h,
+        num_warps=4,
     )
     return out

@@ -1,21 +1,20 @@
 """Expert GEMMs, forward: h = act(gate(x)) * up(x), then y = down(h), for rows sorted by expert.
 
-Both run over the tile table of `dispatch.py` on a one-dimensional grid of num_tiles * column tiles; programs of spare
-tiles exit. Neighbouring programs take GROUP_M row tiles before the next column tile, so weights and rows are read
-again while they are in L2; few giant experts and many small ones fill the GPU alike, tiles being all the grid knows.
+The first has the kernel of this file, on the grid that grouped_gemm.py describes; the second is a plain grouped GEMM.
 
 | array                        | shape       | dtype            | meaning                                              |
 |------------------------------|-------------|------------------|------------------------------------------------------|
 | hidden                       | [T, H]      | bf16, fp16, fp32 | input of the experts                                 |
 | gate_up_proj                 | [E, 2I, H]  | same             | rows 0..I-1 gate, I..2I-1 up                         |
 | down_proj                    | [E, H, I]   | same             |                                                      |
+| pre                          | [N, 2I]     | same             | pre-activation (gate, up), by row                    |
 | h                            | [N, I]      | same             | activation, by position                              |
 | y                            | [N, H]      | same             | output of a row's expert, unweighted, by position    |
 | order, offsets, tile_*       | see dispatch.py                                                                       |
 
 y is rounded to the input's dtype, as the stock model rounds it: in float32 it would double the traffic of the largest
-workspace. Sums run in float32; float32 inputs are multiplied in full precision, never in TF32. h and y are unset from
-position offsets[E] on.
+workspace. The pre-activation is stored only for a backward, which takes it by row so that it need not know the order of
+the positions; rows of no expert are unset, as are h and y from position offsets[E] on.
 """
 
 import torch
@@ -23,45 +22,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import activate
 from .arithmetic import dot, round_to
 from .dispatch import Dispatch
+from .grouped_gemm import (
+    LowRank,
+    add_low_rank,
+    blocks,
+    halves,
+    launch_grouped_gemm,
+    parts,
+    rank_options,
+    tile_and_column,
+    tile_table,
+)
 from .tiles import Tile
-
-GROUP_M = 8
-
-
-@triton.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)) through exp2, with the exponent bounded so that nothing overflows."""
-    return 1.0 / (1.0 + tl.exp2(tl.minimum(x * -1.4426950408889634, 126.0)))
-
-
-@triton.jit
-def _activate(gate, ACTIVATION: tl.constexpr):
-    """Activation in float32. gelu_tanh: 0.5 * (1 + tanh(z)) = sigmoid(2 z), z = sqrt(2 / pi) * (x + 0.044715 x^3)."""
-    tl.static_assert(ACTIVATION == "gelu_tanh" or ACTIVATION == "gelu" or ACTIVATION == "silu")
-    if ACTIVATION == "gelu_tanh":
-        return gate * _sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
-    elif ACTIVATION == "gelu":
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:
-        return gate * _sigmoid(gate)
-
-
-@triton.jit
-def _tile_and_column(num_tiles, num_columns, GROUP_M: tl.constexpr):
-    """Which tile and which column tile this program owns."""
-    program = tl.program_id(0)
-    group = program // (GROUP_M * num_columns)
-    within = program % (GROUP_M * num_columns)
-    size = tl.minimum(num_tiles - group * GROUP_M, GROUP_M)
-    return group * GROUP_M + within % size, within // size
 
 
 @triton.jit
 def _expert_up_fwd_kernel(
     hidden_ptr,
     gate_up_ptr,
+    low_ptr,
+    factor_ptr,
+    pre_ptr,
     h_ptr,
     order_ptr,
     offsets_ptr,
@@ -71,11 +55,18 @@ def _expert_up_fwd_kernel(
     top_k,
     H,
     I,  # noqa: E741
+    rank,
     stride_hidden,
     stride_expert,
     stride_row,
+    stride_factor_expert,
+    stride_factor_rank,
+    stride_factor_row,
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHAIN: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,25 +77,28 @@ def _expert_up_fwd_kernel(
 
     hidden_ptr       [T, H] bf16, fp16 or fp32, rows `stride_hidden` apart, gathered: row // top_k is the token
     gate_up_ptr      [E, 2I, H] same dtype, experts `stride_expert` and rows `stride_row` apart
-    h_ptr            [N, I] same dtype, written
+    low_ptr          [N, rank] same dtype, contiguous; or None: no low-rank update
+    factor_ptr       [E, rank, 2I] same dtype, any strides; or None
+    pre_ptr          [N, 2I] same dtype, by row, written; or None
+    h_ptr            [N, I] same dtype, by position, written; or None
     order_ptr        [N] int32
     offsets_ptr      [E + 1] int32
     tile_expert_ptr  [num_tiles] int32
     tile_start_ptr   [num_tiles] int32
     """
-    tile, column = _tile_and_column(num_tiles, tl.cdiv(I, BLOCK_N), GROUP_M)
-    expert = tl.load(tile_expert_ptr + tile)
+    tile, column = tile_and_column(num_tiles, tl.cdiv(I, BLOCK_N), GROUP_M)
+    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
     if expert < 0:
         return
     position = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
     inside = position < tl.load(offsets_ptr + expert + 1)
     # Rows and columns past the end repeat number 0: in bounds without a mask, and never stored.
-    token = tl.load(order_ptr + position, mask=inside, other=0) // top_k
+    row = tl.load(order_ptr + position, mask=inside, other=0)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_row = tl.where(n < I, n, 0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
-    x_ptrs = hidden_ptr + token.to(tl.int64)[:, None] * stride_hidden + k[None, :]
-    weight_ptrs = gate_up_ptr + expert.to(tl.int64) * stride_expert + k[:, None]
+    x_ptrs = hidden_ptr + (row // top_k).to(tl.int64)[:, None] * stride_hidden + k[None, :]
+    weight_ptrs = gate_up_ptr + expert * stride_expert + k[:, None]
     gate_ptrs = weight_ptrs + weight_row[None, :] * stride_row
     up_ptrs = weight_ptrs + (weight_row[None, :] + I) * stride_row
 
@@ -125,125 +119,110 @@ def _expert_up_fwd_kernel(
         x_ptrs += BLOCK_K
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
-    h = _activate(gate, ACTIVATION) * up
-    h_ptrs = h_ptr + position.to(tl.int64)[:, None] * I + n[None, :]
-    tl.store(h_ptrs, round_to(h, h_ptr.dtype.element_ty), mask=inside[:, None] & (n < I)[None, :])
+    if low_ptr is not None:
+        own = tl.where(inside, position, 0).to(tl.int64)
+        factor_ptr += expert * stride_factor_expert
+        gate = add_low_rank(
+            gate,
+            low_ptr,
+            factor_ptr,
+            own,
+            weight_row,
+            n < I,
+            rank,
+            stride_factor_rank,
+            stride_factor_row,
+            True,
+            CHAIN,
+            BLOCK_R,
+        )
+        up = add_low_rank(
+            up,
+            low_ptr,
+            factor_ptr,
+            own,
+            weight_row + I,
+            n < I,
+            rank,
+            stride_factor_rank,
+            stride_factor_row,
+            True,
+            CHAIN,
+            BLOCK_R,
+        )
+    row = row.to(tl.int64)
+    position = position.to(tl.int64)
+    if PARTS == 1:
+        _activate_and_store(gate, up, column * BLOCK_N, pre_ptr, h_ptr, row, position, inside, I, ACTIVATION)
+    else:
+        first = column * BLOCK_N
+        gate, right_gate = halves(gate)
+        up, right_up = halves(up)
+        _activate_and_store(gate, up, first, pre_ptr, h_ptr, row, position, inside, I, ACTIVATION)
+        first += BLOCK_N // 2
+        _activate_and_store(right_gate, right_up, first, pre_ptr, h_ptr, row, position, inside, I, ACTIVATION)
 
 
 @triton.jit
-def _expert_down_fwd_kernel(
-    h_ptr,
-    down_ptr,
-    y_ptr,
-    offsets_ptr,
-    tile_expert_ptr,
-    tile_start_ptr,
-    num_tiles,
-    H,
-    I,  # noqa: E741
-    stride_expert,
-    stride_row,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """y = down(h). Grid: (num_tiles * cdiv(H, BLOCK_N),); a program owns BLOCK_M positions of one expert and BLOCK_N
-    columns of y.
-
-    h_ptr            [N, I] bf16, fp16 or fp32
-    down_ptr         [E, H, I] same dtype, experts `stride_expert` and rows `stride_row` apart
-    y_ptr            [N, H] same dtype, written
-    offsets_ptr      [E + 1] int32
-    tile_expert_ptr  [num_tiles] int32
-    tile_start_ptr   [num_tiles] int32
-    """
-    tile, column = _tile_and_column(num_tiles, tl.cdiv(H, BLOCK_N), GROUP_M)
-    expert = tl.load(tile_expert_ptr + tile)
-    if expert < 0:
-        return
-    position = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
-    inside = position < tl.load(offsets_ptr + expert + 1)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_row = tl.where(n < H, n, 0).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    h_ptrs = h_ptr + tl.where(inside, position, 0).to(tl.int64)[:, None] * I + k[None, :]
-    weight_ptrs = down_ptr + expert.to(tl.int64) * stride_expert + weight_row[None, :] * stride_row + k[:, None]
-
-    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, I, BLOCK_K):
-        if EVEN_K:
-            h = tl.load(h_ptrs)
-            weight = tl.load(weight_ptrs)
-        else:
-            in_k = k < I - start
-            h = tl.load(h_ptrs, mask=in_k[None, :], other=0.0)
-            weight = tl.load(weight_ptrs, mask=in_k[:, None], other=0.0)
-        y = dot(h, weight, y)
-        h_ptrs += BLOCK_K
-        weight_ptrs += BLOCK_K
-    y_ptrs = y_ptr + position.to(tl.int64)[:, None] * H + n[None, :]
-    tl.store(y_ptrs, round_to(y, y_ptr.dtype.element_ty), mask=inside[:, None] & (n < H)[None, :])
+def _activate_and_store(gate, up, first, pre_ptr, h_ptr, row, position, inside, I, ACTIVATION: tl.constexpr):  # noqa: E741
+    """Pre-activation by row and activation by position, where wanted, for the columns of `gate` from `first` on."""
+    n = first + tl.arange(0, gate.shape[1])
+    stored = inside[:, None] & (n < I)[None, :]
+    if pre_ptr is not None:
+        pre_ptrs = pre_ptr + row[:, None] * (2 * I) + n[None, :]
+        tl.store(pre_ptrs, round_to(gate, pre_ptr.dtype.element_ty), mask=stored)
+        tl.store(pre_ptrs + I, round_to(up, pre_ptr.dtype.element_ty), mask=stored)
+    if h_ptr is not None:
+        h = activate(gate, ACTIVATION) * up
+        h_ptrs = h_ptr + position[:, None] * I + n[None, :]
+        tl.store(h_ptrs, round_to(h, h_ptr.dtype.element_ty), mask=stored)
 
 
 def launch_expert_up_fwd(
-    hidden: Tensor, gate_up_proj: Tensor, dispatch: Dispatch, activation: str, tile: Tile
-) -> Tensor:
-    """h [N, I] by position, from hidden [T, H] with a contiguous last dimension."""
-    H = hidden.shape[1]
+    hidden: Tensor,
+    gate_up_proj: Tensor,
+    dispatch: Dispatch,
+    activation: str,
+    tile: Tile,
+    *,
+    low_rank: LowRank | None = None,
+    want_h: bool = True,
+    want_preactivation: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """h [N, I] by position and the pre-activation [N, 2I] by row, where wanted.
+
+    `hidden` [T, H] has a contiguous last dimension; `low_rank` adds low @ factor [E, r, 2I] to the pre-activation.
+    """
+    N, H = dispatch.order.shape[0], hidden.shape[1]
     I = gate_up_proj.shape[1] // 2  # noqa: E741
-    h = torch.empty((dispatch.order.shape[0], I), dtype=hidden.dtype, device=hidden.device)
+    h = torch.empty((N, I), dtype=hidden.dtype, device=hidden.device) if want_h else None
+    pre = torch.empty((N, 2 * I), dtype=hidden.dtype, device=hidden.device) if want_preactivation else None
     _expert_up_fwd_kernel[(dispatch.num_tiles * triton.cdiv(I, tile.block_n),)](
         hidden,
         gate_up_proj,
+        *(low_rank or (None, None)),
+        pre,
         h,
-        dispatch.order,
-        dispatch.offsets,
-        dispatch.tile_expert,
-        dispatch.tile_start,
-        dispatch.num_tiles,
+        *tile_table(dispatch),
         dispatch.top_k,
         H,
         I,
+        low_rank.low.shape[1] if low_rank else 0,
         hidden.stride(0),
         gate_up_proj.stride(0),
         gate_up_proj.stride(1),
+        *(low_rank.factor.stride() if low_rank else (0, 0, 0)),
         ACTIVATION=activation,
         EVEN_K=H % tile.block_k == 0,
-        **_blocks(tile),
+        **rank_options(low_rank, tile),
+        PARTS=2 if want_preactivation and parts(tile) >= 4 else 1,
+        **blocks(tile),
     )
-    return h
+    return h, pre
 
 
-def launch_expert_down_fwd(h: Tensor, down_proj: Tensor, dispatch: Dispatch, tile: Tile) -> Tensor:
-    """y [N, H] by position, from h [N, I] contiguous."""
-    H, I = down_proj.shape[1:]  # noqa: E741
-    y = torch.empty((h.shape[0], H), dtype=h.dtype, device=h.device)
-    _expert_down_fwd_kernel[(dispatch.num_tiles * triton.cdiv(H, tile.block_n),)](
-        h,
-        down_proj,
-        y,
-        dispatch.offsets,
-        dispatch.tile_expert,
-        dispatch.tile_start,
-        dispatch.num_tiles,
-        H,
-        I,
-        down_proj.stride(0),
-        down_proj.stride(1),
-        EVEN_K=I % tile.block_k == 0,
-        **_blocks(tile),
-    )
-    return y
-
-
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "GROUP_M": GROUP_M,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+def launch_expert_down_fwd(
+    h: Tensor, down_proj: Tensor, dispatch: Dispatch, tile: Tile, *, low_rank: LowRank | None = None
+) -> Tensor:
+    """y [N, H] by position, from h [N, I] contiguous; `low_rank` adds low @ factor [E, r, H]."""
+    return launch_grouped_gemm(h, down_proj.transpose(1, 2), dispatch, tile, low_rank=low_rank)

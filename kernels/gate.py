@@ -28,16 +28,16 @@ FUSED_BELOW = 256  # tokens; from here the projection fills the GPU as a GEMM of
 
 
 @triton.jit
-def _inverse_rms(square_sum, H, eps):
+def inverse_rms(square_sum, H, eps):
     """(mean square + eps) ** -0.5, correctly rounded at each step: a row pays for it once."""
     return tl.div_rn(tl.full(square_sum.shape, 1.0, tl.float32), tl.sqrt_rn(square_sum / H + eps))
 
 
 @triton.jit
-def _norm_scale_hf(x, inverse_rms, scale, root):
+def _norm_scale_hf(x, reciprocal, scale, root):
     """Normed and scaled row in the dtype of x, rounded three times, where transformers rounds."""
     dtype: tl.constexpr = x.dtype
-    normed = round_to(x.to(tl.float32) * inverse_rms, dtype)
+    normed = round_to(x.to(tl.float32) * reciprocal, dtype)
     scaled = round_to(normed.to(tl.float32) * scale.to(tl.float32), dtype)
     return round_to(scaled.to(tl.float32) * root, dtype)
 
@@ -142,7 +142,7 @@ def _route_fwd_kernel(
         square_ptrs = hidden_ptr + token.to(tl.int64)[:, None] * stride_hidden + start + s
         x = tl.load(square_ptrs, mask=inside[:, None] & (s < H - start), other=0.0).to(tl.float32)
         square += x * x
-    inverse_rms = _inverse_rms(tl.sum(square, 1), H, eps)[:, None]
+    reciprocal = inverse_rms(tl.sum(square, 1), H, eps)[:, None]
 
     logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     low = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
@@ -152,19 +152,19 @@ def _route_fwd_kernel(
         w = tl.load(proj_ptrs + start, mask=(expert < E)[None, :] & in_h[:, None], other=0.0)
         scale = tl.load(scale_ptr + start + h, mask=in_h, other=0.0)[None, :]
         if NUMERICS == "hf":
-            logits = dot(_norm_scale_hf(x, inverse_rms, scale, root), w, logits)
+            logits = dot(_norm_scale_hf(x, reciprocal, scale, root), w, logits)
         elif NUMERICS == "fp32_split":
             product = x.to(tl.float32) * scale.to(tl.float32)
             high = round_to(product, tl.bfloat16)
             logits = dot(high, w, logits)
             low = dot(round_to(product - high.to(tl.float32), tl.bfloat16), w, low)
         else:
-            scaled = x.to(tl.float32) * inverse_rms * scale.to(tl.float32) * root
+            scaled = x.to(tl.float32) * reciprocal * scale.to(tl.float32) * root
             logits = dot(scaled, w.to(tl.float32), logits)
     if NUMERICS == "hf":
         logits = round_to(logits, hidden_ptr.dtype.element_ty).to(tl.float32)
     if NUMERICS == "fp32_split":
-        logits = (logits + low) * (inverse_rms * root)
+        logits = (logits + low) * (reciprocal * root)
     _select_and_store(
         logits, token, expert_scale_ptr, probabilities_ptr, weights_ptr, index_ptr, T, E, top_k, BLOCK_E, BLOCK_K
     )
@@ -195,14 +195,14 @@ def _norm_scale_fwd_kernel(
     for start in range(0, H, BLOCK_H):
         x = tl.load(hidden_ptr + start + h, mask=h < H - start, other=0.0).to(tl.float32)
         square += x * x
-    inverse_rms = _inverse_rms(tl.sum(square, 0)[None], H, eps)
+    reciprocal = inverse_rms(tl.sum(square, 0)[None], H, eps)
     for start in range(0, H, BLOCK_H):
         x = tl.load(hidden_ptr + start + h, mask=h < H - start, other=0.0)
         scale = tl.load(scale_ptr + start + h, mask=h < H - start, other=0.0)
         if out_ptr.dtype.element_ty == hidden_ptr.dtype.element_ty:
-            out = _norm_scale_hf(x, inverse_rms, scale, root)
+            out = _norm_scale_hf(x, reciprocal, scale, root)
         else:
-            out = x.to(tl.float32) * inverse_rms * scale.to(tl.float32) * root
+            out = x.to(tl.float32) * reciprocal * scale.to(tl.float32) * root
         tl.store(out_ptr + start + h, out, mask=h < H - start)
 
 
@@ -258,7 +258,7 @@ def launch_route_fwd(
     """
     T, H = hidden.shape
     E = proj_weight.shape[0]
-    hidden, proj_weight, scale, per_expert_scale = map(_last_contiguous, (hidden, proj_weight, scale, per_expert_scale))
+    hidden, proj_weight, scale, per_expert_scale = map(last_contiguous, (hidden, proj_weight, scale, per_expert_scale))
     split = numerics == "fp32" and hidden.dtype == torch.bfloat16
     if tile is None and (E > MAX_FUSED_EXPERTS or (T >= FUSED_BELOW and not split)):
         projected = _project(hidden, proj_weight, scale, eps, numerics)
@@ -296,7 +296,7 @@ def launch_route_fwd(
 def launch_topk_gate_fwd(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """What follows the projection, `reference.topk_gate`: probabilities, weights, index as `launch_route_fwd`."""
     T, E = logits.shape
-    logits, per_expert_scale = _last_contiguous(logits), _last_contiguous(per_expert_scale)
+    logits, per_expert_scale = last_contiguous(logits), last_contiguous(per_expert_scale)
     outputs = _outputs(logits, E, top_k)
     if T == 0:
         return outputs
@@ -320,8 +320,13 @@ def launch_topk_gate_fwd(logits: Tensor, per_expert_scale: Tensor, top_k: int) -
 
 def _project(hidden: Tensor, proj_weight: Tensor, scale: Tensor, eps: float, numerics: str) -> Tensor:
     """Logits [T, E] by torch's GEMM; in float32 torch's own setting decides over TF32, as in the stock router."""
-    T, H = hidden.shape
     dtype = hidden.dtype if numerics == "hf" else torch.float32
+    return F.linear(launch_norm_scale_fwd(hidden, scale, eps, dtype), proj_weight.to(dtype))
+
+
+def launch_norm_scale_fwd(hidden: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The projection's input [T, H]: in the dtype of hidden rounded like transformers, in float32 not at all."""
+    T, H = hidden.shape
     scaled = torch.empty((T, H), dtype=dtype, device=hidden.device)
     if T > 0:
         _norm_scale_fwd_kernel[(T,)](
@@ -332,10 +337,10 @@ def _project(hidden: Tensor, proj_weight: Tensor, scale: Tensor, eps: float, num
             eps,
             H**-0.5,
             hidden.stride(0),
-            BLOCK_H=min(triton.next_power_of_2(H), 4096),
+            BLOCK_H=min(triton.next_power_of_2(H), 4096 if dtype.itemsize == 2 else 2048),
             num_warps=4,
         )
-    return F.linear(scaled, proj_weight.to(dtype))
+    return scaled
 
 
 def _outputs(like: Tensor, E: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -347,5 +352,5 @@ def _outputs(like: Tensor, E: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _last_contiguous(tensor: Tensor) -> Tensor:
+def last_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()

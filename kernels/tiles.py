@@ -5,7 +5,9 @@ architecture, so that a test compiles and runs each. Pass a record of your own t
 No measurement takes place at run time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from triton import cdiv, next_power_of_2
@@ -18,52 +20,82 @@ SHARED_LEAST = 101_376  # 86, 89, 120, 121
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile of one GEMM program: rows, columns, reduction step; warps; software-pipeline stages."""
+    """Tile of one GEMM program: rows, columns, reduction step; warps; software-pipeline stages; whether a low-rank
+    update goes on in the GEMM's accumulator, which takes fewer registers."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
+    chain: bool = True
+
+    def for_rank(self, rank: int) -> "Tile":
+        """The same with no more columns than a multiple of 16 needs: the largest power of two that divides `rank`."""
+        return replace(self, block_n=min(self.block_n, rank & -rank))
 
 
 @dataclass(frozen=True)
 class ExpertTiles:
-    """Tiles of both expert GEMMs. They share one tile table and so one `block_m`."""
+    """Tiles of the expert GEMMs. Those over rows share one tile table and so one `block_m`."""
 
     up: Tile
-    down: Tile
+    down: Tile  # and the gradient of hidden, d_pre @ gate_up_proj: the same kernel
+    down_bwd: Tile
+    low_rank: Tile  # rows times a low-rank factor; the tile of rank 64 and more
+    gram: Tile  # gradients of the projections
+    low_rank_gram: Tile  # gradients of low-rank factors; the tile of rank 64 and more
 
     def __post_init__(self) -> None:
-        if self.up.block_m != self.down.block_m:
-            raise ValueError(f"up and down must share block_m, got {self.up.block_m} and {self.down.block_m}.")
+        rows = {tile.block_m for tile in (self.up, self.down, self.down_bwd, self.low_rank)}
+        if len(rows) != 1:
+            raise ValueError(f"up, down, down_bwd and low_rank must share block_m, got {sorted(rows)}.")
+
+    @property
+    def block_m(self) -> int:
+        return self.up.block_m
 
 
-# block_m: (block_n, block_k, warps) of the up GEMM, then of the down GEMM. The up GEMM holds block_n gate columns and
-# block_n up columns: 64 divides Gemma-4's I = 704. Below 64 rows the weights' bytes are the bound, so those tiles are
+class _Columns(NamedTuple):
+    """(block_n, block_k, warps) of the GEMMs over rows; the up GEMM holds block_n gate columns and as many up ones."""
+
+    up: tuple[int, int, int]
+    down: tuple[int, int, int]
+    down_bwd: tuple[int, int, int]
+
+
+# By block_m. 64 columns divide Gemma-4's I = 704. Below 64 rows the weights' bytes are the bound, so those tiles are
 # narrow and deep; wgmma and tcgen05 need 64 rows.
 _HALF = {
-    16: ((32, 128, 4), (64, 128, 4)),
-    32: ((32, 128, 4), (64, 128, 4)),
-    64: ((64, 64, 4), (128, 64, 4)),
-    128: ((64, 64, 8), (128, 64, 8)),
+    16: _Columns(up=(32, 128, 4), down=(64, 128, 4), down_bwd=(64, 128, 4)),
+    32: _Columns(up=(32, 128, 4), down=(64, 128, 4), down_bwd=(64, 128, 4)),
+    64: _Columns(up=(64, 64, 4), down=(128, 64, 4), down_bwd=(64, 64, 4)),
+    128: _Columns(up=(64, 64, 8), down=(128, 64, 8), down_bwd=(64, 64, 8)),
 }
 # At 128 rows on Hopper and datacentre Blackwell the tensor cores read their operands from shared memory: a dot 64
 # columns wide takes all of its 128 bytes per clock and leaves none for filling it. Twice the width takes three
 # quarters, which by this count (not by measurement) pays for a last column tile that is half empty.
-_HALF_WIDE = ((128, 64, 8), (256, 64, 8))
+_HALF_WIDE = _Columns(up=(128, 64, 8), down=(256, 64, 8), down_bwd=(128, 64, 8))
 _WIDE_ARCHES = (90, 100, 103)
 _WIDE_PADDING = 1.125
 # Rows that are not 16-byte aligned are loaded element by element, through registers: smaller tiles, or they spill.
 _HALF_UNALIGNED = {
-    16: ((32, 64, 4), (64, 64, 4)),
-    64: ((32, 32, 4), (64, 32, 4)),
+    16: _Columns(up=(32, 64, 4), down=(64, 64, 4), down_bwd=(64, 64, 4)),
+    64: _Columns(up=(32, 32, 4), down=(64, 32, 4), down_bwd=(32, 32, 8)),
 }
 _FLOAT = {
-    16: ((32, 32, 4), (64, 32, 4)),
-    64: ((32, 32, 8), (64, 32, 8)),
+    16: _Columns(up=(32, 32, 4), down=(64, 32, 4), down_bwd=(64, 32, 4)),
+    64: _Columns(up=(32, 32, 8), down=(64, 16, 8), down_bwd=(64, 32, 8)),
 }
+# (block_m, block_n, block_k, warps) of the Gram products, then of those with a low-rank factor's rows.
+_HALF_GRAM = ((128, 128, 64, 8), (128, 64, 64, 8))
+_HALF_GRAM_WIDE = ((128, 256, 64, 8), (128, 64, 64, 8))
+_HALF_GRAM_UNALIGNED = ((64, 64, 32, 4), (64, 64, 32, 4))
+_FLOAT_GRAM = ((64, 64, 32, 8), (64, 64, 32, 8))
 _MAX_STAGES = 4
+# Triton 3.7.1 has miscompiled two products chained into one accumulator for sm_100. There, a low-rank update has its
+# own, which leaves no registers for wide tiles.
+_CHAIN_BELOW = 100
 
 
 def shared_limit(arch: int) -> int:
@@ -72,7 +104,7 @@ def shared_limit(arch: int) -> int:
 
 
 def expert_tiles(
-    rows_per_expert: int, intermediate: int, dtype: torch.dtype, arch: int, *, aligned: bool = True
+    rows_per_expert: int, intermediate: int, dtype: torch.dtype, arch: int, *, aligned: bool = True, lora: bool = False
 ) -> ExpertTiles:
     """Tiles of the expert GEMMs.
 
@@ -82,41 +114,55 @@ def expert_tiles(
         dtype: of hidden and weights.
         arch: compute capability, 80, 90, 100, ...
         aligned: every row of every operand begins at a multiple of 16 bytes.
+        lora: a projection has a low-rank update.
     """
     table = _table(dtype, aligned)
     block_m = min(max(next_power_of_2(max(rows_per_expert, 1)), 16), max(table))
     while block_m not in table:
         block_m //= 2
-    wide = cdiv(intermediate, 128) * 128 <= _WIDE_PADDING * intermediate
-    return _build(block_m, dtype, arch, aligned, wide)
+    wide_up = cdiv(intermediate, 128) * 128 <= _WIDE_PADDING * intermediate
+    return _build(block_m, dtype, arch, aligned, wide_up, lora)
 
 
-def all_configs(arch: int) -> list[tuple[torch.dtype, bool, ExpertTiles]]:
-    """Every (dtype, aligned, tiles) that `expert_tiles` can return on `arch`; bfloat16 stands for float16 too."""
+def all_configs(arch: int) -> list[tuple[torch.dtype, bool, bool, ExpertTiles]]:
+    """Every (dtype, aligned, lora, tiles) that `expert_tiles` can return on `arch`; bfloat16 stands for float16 too."""
     configs = []
     for dtype in (torch.bfloat16, torch.float32):
         for aligned in (True, False):
             for block_m in _table(dtype, aligned):
-                for wide in (False, True):
-                    config = (dtype, aligned, _build(block_m, dtype, arch, aligned, wide))
+                for wide_up, lora in product((False, True), repeat=2):
+                    config = (dtype, aligned, lora, _build(block_m, dtype, arch, aligned, wide_up, lora))
                     if config not in configs:
                         configs.append(config)
     return configs
 
 
-def _table(dtype: torch.dtype, aligned: bool) -> dict[int, tuple[tuple[int, int, int], tuple[int, int, int]]]:
+def _table(dtype: torch.dtype, aligned: bool) -> dict[int, _Columns]:
     if dtype == torch.float32:
         return _FLOAT
     return _HALF if aligned else _HALF_UNALIGNED
 
 
-def _build(block_m: int, dtype: torch.dtype, arch: int, aligned: bool, wide: bool) -> ExpertTiles:
-    up, down = _table(dtype, aligned)[block_m]
-    if block_m == 128 and arch in _WIDE_ARCHES:
-        up, down = (_HALF_WIDE[0] if wide else up), _HALF_WIDE[1]
+def _build(block_m: int, dtype: torch.dtype, arch: int, aligned: bool, wide_up: bool, lora: bool) -> ExpertTiles:
+    columns = _table(dtype, aligned)[block_m]
+    half_aligned = aligned and dtype != torch.float32
+    if half_aligned:
+        gram = _HALF_GRAM_WIDE if arch in _WIDE_ARCHES else _HALF_GRAM
+    else:
+        gram = _FLOAT_GRAM if dtype == torch.float32 else _HALF_GRAM_UNALIGNED
+    if half_aligned and block_m == 128 and arch in _WIDE_ARCHES and (arch < _CHAIN_BELOW or not lora):
+        columns = _HALF_WIDE if wide_up else columns._replace(down=_HALF_WIDE.down)
+
+    def tile(rows: int, n: int, k: int, warps: int, operands: int = 1) -> Tile:
+        return Tile(rows, n, k, warps, _stages((rows + operands * n) * k * dtype.itemsize, arch), arch < _CHAIN_BELOW)
+
     return ExpertTiles(
-        up=Tile(block_m, *up, _stages((block_m + 2 * up[0]) * up[1] * dtype.itemsize, arch)),
-        down=Tile(block_m, *down, _stages((block_m + down[0]) * down[1] * dtype.itemsize, arch)),
+        up=tile(block_m, *columns.up, operands=2),
+        down=tile(block_m, *columns.down),
+        down_bwd=tile(block_m, *columns.down_bwd),
+        low_rank=tile(block_m, 64, *columns.down[1:]),
+        gram=tile(*gram[0]),
+        low_rank_gram=tile(*gram[1]),
     )
 
 

@@ -10,9 +10,16 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-LAUNCHING = ["test_combine.py", "test_dispatch.py", "test_expert_forward.py", "test_gate.py", "test_forward_gpu.py"]
+LAUNCHING = [
+    "test_combine.py",
+    "test_dispatch.py",
+    "test_expert_backward.py",
+    "test_expert_forward.py",
+    "test_gate.py",
+    "test_gate_backward.py",
+]
 
-collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else LAUNCHING[:-1]
+collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else LAUNCHING
 if INTERPRETED:
     collect_ignore = ["test_in_interpreter.py", "test_aot.py", "test_triton_backend.py"]
 

@@ -11,6 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+GEMMS = {"expert_up_fwd", "expert_down_bwd", "grouped_gemm", "grouped_gram", "route_fwd"}
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -30,8 +31,8 @@ def offenders(rows, bad):
 
 
 def test_every_kernel_is_compiled_for_every_architecture(rows):
-    kernels = {"expert_up_fwd", "expert_down_fwd", "dispatch_fwd", "combine_fwd"}
-    kernels |= {"route_fwd", "norm_scale_fwd", "topk_gate_fwd"}
+    kernels = GEMMS | {"dispatch_fwd", "combine_fwd", "expert_weights_bwd"}
+    kernels |= {"norm_scale_fwd", "topk_gate_fwd", "norm_scale_bwd", "topk_gate_bwd"}
     assert {(row["arch"], row["kernel"]) for row in rows} == {(arch, k) for arch in (80, 90, 100) for k in kernels}
 
 
@@ -51,14 +52,17 @@ def test_half_gemms_use_tensor_cores(rows):
         return wide if wide and row["gemm_rows"] >= 64 else "mma"
 
     gemms = [row for row in rows if row["gemm_rows"]]
-    assert {row["kernel"] for row in gemms} == {"expert_up_fwd", "expert_down_fwd", "route_fwd"}
+    assert {row["kernel"] for row in gemms} == GEMMS
     assert not offenders(gemms, lambda row: row["tensor_core"] != expected(row))
 
 
 def test_aligned_gemms_copy_sixteen_bytes_at_a_time(rows):
-    gemms = [row for row in rows if row["kernel"].startswith("expert") and row["aligned"]]
-    assert gemms
+    """All operands, all stages of the pipeline; tiles 16 columns wide have fewer bytes than that."""
+    gemms = [row for row in rows if row["aligned"] and row["kernel"] in GEMMS - {"route_fwd"}]
+    assert {row["kernel"] for row in gemms} == GEMMS - {"route_fwd"}
     assert not offenders(gemms, lambda row: not row["wide_copies"])
+    wide = [row for row in gemms if int(row["blocks"].split("x")[1]) >= 32]
+    assert not offenders(wide, lambda row: row["wide_copies"] < row["pipeline_copies"])
 
 
 def test_float32_is_never_multiplied_in_tf32(rows):
@@ -71,5 +75,5 @@ def test_offsets_are_multiplied_in_64_bits(rows):
 
 
 def test_no_binary_is_bloated(rows):
-    """Unrolled top-k rounds once made 0.9 MB of PTX; the largest kernel here, a GEMM, stays far below."""
-    assert not offenders(rows, lambda row: row["cubin_bytes"] > 300_000)
+    """Unrolled top-k rounds once made 0.9 MB of PTX; the largest kernel here, a GEMM before erf, stays far below."""
+    assert not offenders(rows, lambda row: row["cubin_bytes"] > 400_000)
