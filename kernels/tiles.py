@@ -85,7 +85,7 @@ _HALF_UNALIGNED = {
 }
 _FLOAT = {
     16: _Columns(up=(32, 32, 4), down=(64, 32, 4), down_bwd=(64, 32, 4)),
-    64: _Columns(up=(32, 32, 8), down=(64, 16, 8), down_bwd=(64, 32, 8)),
+    64: _Columns(up=(32, 32, 8), down=(32, 32, 8), down_bwd=(64, 32, 8)),
 }
 # (block_m, block_n, block_k, warps) of the Gram products, then of those with a low-rank factor's rows.
 _HALF_GRAM = ((128, 128, 64, 8), (128, 64, 64, 8))
