@@ -141,7 +141,8 @@ class ExpertGrad {
 
   struct Workspace {
     float *panel, *sums, *rows;
-    Weight* tail;
+    Weight* rhs;  // of a low-rank update, padded to whole tiles
+    StripRoom<Weight>* room;
     const void** row;     // [most] rows of A or tokens of a pass
     const void** other;   // [most] rows of B
     float **out;
@@ -155,7 +156,8 @@ class ExpertGrad {
       take(panel, e.panel_bytes());
       take(sums, e.sums_bytes());
       take(rows, e.rows_bytes());
-      take(tail, e.tail_bytes());
+      take(rhs, e.rhs_bytes());
+      take(room, sizeof(StripRoom<Weight>));
       take(row, e.list_bytes());
       take(other, e.list_bytes());
       take(out, max_pass<M>() * 8);
@@ -178,14 +180,13 @@ class ExpertGrad {
     return larger(max_pass<M>() * width * 4, b);
   }
   int64_t rows_bytes() const { return std::is_same_v<X, Activation> || !x_rhs_ ? 0 : max_pass<M>() * f_.H * 4; }
-  int64_t tail_bytes() const {
-    const int64_t rhs = larger(x_rhs_ ? f_.H : 0, h_rhs_ ? f_.I : 0) * round_up(longest_rank(), 8);
-    return larger(BLOCK_ROWS * STRIP, rhs) * int64_t(sizeof(Weight)) + 64;
+  int64_t rhs_bytes() const {
+    return larger(x_rhs_ ? f_.H : 0, h_rhs_ ? f_.I : 0) * round_up(longest_rank(), 8) * int64_t(sizeof(Weight));
   }
   int64_t list_bytes() const { return larger(picks_.most, max_pass<M>()) * 8; }
   int64_t workspace_bytes() const {
     return round_up(panel_bytes(), 64) + round_up(sums_bytes(), 64) + round_up(rows_bytes(), 64) +
-           round_up(tail_bytes(), 64) + 2 * round_up(list_bytes(), 64) + round_up(max_pass<M>() * 8, 64);
+           round_up(rhs_bytes(), 64) + int64_t(sizeof(StripRoom<Weight>)) + 2 * round_up(list_bytes(), 64) + round_up(max_pass<M>() * 8, 64);
   }
 
   const int64_t* picks_of(const Pass& pass) const { return picks_.order + pass.first; }
@@ -233,7 +234,7 @@ class ExpertGrad {
     const int64_t rank = lora.rank, padded = round_up(rank, STRIP);
     const Weight* lhs = static_cast<const Weight*>(lora.lhs) + pass.expert * width * rank;
     for (int i = 0; i < pass.n; ++i) ws.out[i] = ws.sums + i * padded;
-    times_rows<M>(ws.x, Slab<Weight>{lhs, rank, width, rank, nullptr}, ws.out, 0, false, ws.tail);
+    times_rows<M>(ws.x, Slab<Weight>{lhs, rank, width, rank, nullptr}, ws.out, 0, false, *ws.room);
     for (int i = 0; i < pass.n; ++i)
       for (int64_t j = 0; j < rank; j += W)
         store_part(to + picks_of(pass)[i] * rank + j, vload(ws.out[i] + j), rank - j);
@@ -244,7 +245,7 @@ class ExpertGrad {
     const Pass& pass = picks_.pass[index];
     const int64_t rank = lora.rank, padded = round_up(rank, 8), width = from.width;
     const Weight* rhs = static_cast<const Weight*>(lora.rhs) + pass.expert * rank * width;
-    if (padded != rank) rhs = pad_rows(rhs, width, rank, padded, width, ws.tail);
+    if (padded != rank) rhs = pad_rows(rhs, width, rank, padded, width, ws.rhs);
     if (!from.by_token || std::is_same_v<X, Activation>) {
       gather<Activation>(from, picks_of(pass), pass.n, ws.row);
     } else {
@@ -282,12 +283,12 @@ class ExpertGrad {
     for (int i = 0; i < pass.n; ++i) ws.out[i] = ws.sums + i * slab_;
     const Weight* w = down_weight(pass.expert) + first;
     const Weight* ahead = next < 0 ? nullptr : down_weight(picks_.pass[next / slabs_].expert) + next % slabs_ * slab_;
-    times_rows<M>(ws.x, Slab<Weight>{w, f_.down_row_stride, f_.H, live, ahead}, ws.out, 0, false, ws.tail);
+    times_rows<M>(ws.x, Slab<Weight>{w, f_.down_row_stride, f_.H, live, ahead}, ws.out, 0, false, *ws.room);
     if (down_rank_) {
       ws.loaded = -1;
       load<Activation>(ws, pass, Source{g_lhs_, down_rank_, down_rank_, false});
       const Weight* rhs = static_cast<const Weight*>(f_.down_lora.rhs) + pass.expert * down_rank_ * f_.I + first;
-      times_rows<M>(ws.x, Slab<Weight>{rhs, f_.I, down_rank_, live, nullptr}, ws.out, 0, true, ws.tail);
+      times_rows<M>(ws.x, Slab<Weight>{rhs, f_.I, down_rank_, live, nullptr}, ws.out, 0, true, *ws.room);
     }
     switch (f_.activation) {
       case omnigene::Activation::gelu_tanh: return through_activation<0>(ws, pass, first, live);
@@ -346,18 +347,19 @@ class ExpertGrad {
     load_d_pre(ws, which);
     for (int i = 0; i < pass.n; ++i) ws.out[i] = y + picks_of(pass)[i] * columns;
     const Weight* w = gate_up_weight(pass.expert) + first;
-    for (int64_t c = 0; c < live; c += UP_COLUMNS) {
-      const int64_t some = smaller(live - c, UP_COLUMNS);
-      const Weight* ahead = c + UP_COLUMNS < live ? w + c + UP_COLUMNS
-                            : next < 0      ? nullptr
-                                            : gate_up_weight(picks_.pass[next].expert) + first;
-      times_rows<M>(ws.x, Slab<Weight>{w + c, f_.gate_up_row_stride, 2 * f_.I, some, ahead}, ws.out, c, false, ws.tail);
+    const int64_t step = pass.n <= FEW ? live : UP_COLUMNS;  // few tokens wait for memory, which likes whole rows
+    for (int64_t c = 0; c < live; c += step) {
+      const int64_t some = smaller(live - c, step);
+      const Weight* ahead = nullptr;
+      if (c + step < live) ahead = w + c + step;
+      else if (next >= 0) ahead = gate_up_weight(picks_.pass[next].expert) + first;
+      times_rows<M>(ws.x, Slab<Weight>{w + c, f_.gate_up_row_stride, 2 * f_.I, some, ahead}, ws.out, c, false, *ws.room);
     }
     if (up_rank_) {
       ws.loaded = -1;
       load<Activation>(ws, pass, Source{d_lhs_, up_rank_, up_rank_, false});
       const Weight* rhs = static_cast<const Weight*>(f_.gate_up_lora.rhs) + pass.expert * up_rank_ * f_.H + first;
-      times_rows<M>(ws.x, Slab<Weight>{rhs, f_.H, up_rank_, live, nullptr}, ws.out, 0, true, ws.tail);
+      times_rows<M>(ws.x, Slab<Weight>{rhs, f_.H, up_rank_, live, nullptr}, ws.out, 0, true, *ws.room);
     }
   }
 

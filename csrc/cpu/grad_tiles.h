@@ -49,42 +49,60 @@ class FetchAhead {
   int64_t stride_ = 0, lines_ = 0, left_ = 0, per_step_ = 0, line_ = 0;
 };
 
+// A strip of W on its way through the groups of tokens that meet it: the first group leaves its rows, interleaved, in
+// `staged`, where the others find them in the first-level cache. Read from W again they would miss it: rows lie a power
+// of two apart, or nearly, and fall into few sets.
+enum class Strip { alone, first, later };
+
 // out[t][0:STRIP] (+)= sum over `rows` of x[row][t] * w[row][0:STRIP] for R tokens; x holds units, xs apart.
-template <class M, int R>
+template <class M, int R, Strip S>
 inline __attribute__((noinline)) void rows_tile(const float* x, int64_t xs, const typename M::Weight* w, int64_t ws,
-                                                int64_t rows, float* const* out, int64_t at, bool add,
+                                                int64_t rows, float* staged, float* const* out, int64_t at, bool add,
                                                 FetchAhead& fetch) {
   FetchAhead next = fetch;  // in registers
   VF acc[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = VF{};
-  auto multiply = [&](const float* unit, VF w0, VF w1) INLINE_LAMBDA {
+  auto multiply = [&](VF w0, VF w1) INLINE_LAMBDA {
+    if constexpr (S == Strip::first) {
+      vstore(staged, w0);
+      vstore(staged + W, w1);
+      staged += STRIP;
+    }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const VF v = broadcast_unit(reinterpret_cast<const char*>(unit + r));
+      const VF v = broadcast_unit(reinterpret_cast<const char*>(x + r));
       acc[r][0] = multiply_add<M::PAIRS>(acc[r][0], v, w0);
       acc[r][1] = multiply_add<M::PAIRS>(acc[r][1], v, w1);
     }
+    x += xs;
   };
+  if constexpr (S == Strip::later) {
+    for (int64_t k = 0; k < rows; k += M::PER_UNIT, staged += STRIP) {
+      next.step();
+      multiply(vload(staged), vload(staged + W));
+    }
+  } else {
 #if OMNIGENE_BF16
-  if constexpr (M::PAIRS) {
-    int64_t k = 0;
-    for (; k + 2 <= rows; k += 2, w += 2 * ws, x += xs) {
-      next.step();
-      const __m512i a = _mm512_loadu_si512(w), b = _mm512_loadu_si512(w + ws);
-      multiply(x, (VF)_mm512_unpacklo_epi16(a, b), (VF)_mm512_unpackhi_epi16(a, b));
+    if constexpr (M::PAIRS) {
+      int64_t k = 0;
+      for (; k + 2 <= rows; k += 2, w += 2 * ws) {
+        next.step();
+        const __m512i a = _mm512_loadu_si512(w), b = _mm512_loadu_si512(w + ws);
+        multiply((VF)_mm512_unpacklo_epi16(a, b), (VF)_mm512_unpackhi_epi16(a, b));
+      }
+      if (k < rows) {  // the last row has no partner
+        const __m512i a = _mm512_loadu_si512(w), b = _mm512_setzero_si512();
+        multiply((VF)_mm512_unpacklo_epi16(a, b), (VF)_mm512_unpackhi_epi16(a, b));
+      }
     }
-    if (k < rows) {  // the last row has no partner
-      const __m512i a = _mm512_loadu_si512(w), b = _mm512_setzero_si512();
-      multiply(x, (VF)_mm512_unpacklo_epi16(a, b), (VF)_mm512_unpackhi_epi16(a, b));
-    }
-  }
 #endif
-  if constexpr (!M::PAIRS)
-    for (int64_t k = 0; k < rows; ++k, w += ws, x += xs) {
-      next.step();
-      multiply(x, load_as_float(w), load_as_float(w + W));
-    }
+    if constexpr (!M::PAIRS)
+      for (int64_t k = 0; k < rows; ++k, w += ws) {
+        next.step();
+        multiply(load_as_float(w), load_as_float(w + W));
+      }
+  }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     VF first = acc[r][0], second = acc[r][1];
@@ -96,12 +114,12 @@ inline __attribute__((noinline)) void rows_tile(const float* x, int64_t xs, cons
   fetch = next;
 }
 
-template <class M>
+template <class M, Strip S>
 INLINE void rows_group(int tokens, const float* x, int64_t xs, const typename M::Weight* w, int64_t ws, int64_t rows,
-                       float* const* out, int64_t at, bool add, FetchAhead& next) {
+                       float* staged, float* const* out, int64_t at, bool add, FetchAhead& next) {
   switch (tokens) {
 #define OMNIGENE_CASE(R) \
-  case R: return rows_tile<M, R>(x, xs, w, ws, rows, out, at, add, next);
+  case R: return rows_tile<M, R, S>(x, xs, w, ws, rows, staged, out, at, add, next);
     OMNIGENE_CASE(1) OMNIGENE_CASE(2) OMNIGENE_CASE(3) OMNIGENE_CASE(4) OMNIGENE_CASE(5) OMNIGENE_CASE(6)
 #if OMNIGENE_WIDTH == 16
     OMNIGENE_CASE(7) OMNIGENE_CASE(8) OMNIGENE_CASE(9) OMNIGENE_CASE(10) OMNIGENE_CASE(11) OMNIGENE_CASE(12)
@@ -126,51 +144,59 @@ struct Slab {
 };
 
 constexpr int64_t BLOCK_BYTES = 320 << 10;  // of a slab that a core holds in its second-level cache while tokens pass
-constexpr int64_t BLOCK_ROWS = 1024;        // at most
+constexpr int64_t BLOCK_ROWS = 256;         // at most: a staged strip stays in the first-level cache
 constexpr int FEW = 8;                      // tokens for which memory is the bound: see stream_in
 
-// out[t][at : at + columns] (+)= tokens times the slab. Rows of `out` have room for whole strips; `tail` holds rows of
-// STRIP columns, at least `rows` of them.
+// Room that times_rows needs.
+template <class Weight>
+struct StripRoom {
+  alignas(64) float staged[BLOCK_ROWS * STRIP];
+  Weight tail[BLOCK_ROWS * STRIP];  // the last columns of a block, padded to a strip
+};
+
+// out[t][at : at + columns] (+)= tokens times the slab. Rows of `out` have room for whole strips.
 template <class M>
 inline void times_rows(const Panel& x, const Slab<typename M::Weight>& slab, float* const* out, int64_t at, bool add,
-                       typename M::Weight* tail) {
+                       StripRoom<typename M::Weight>& room) {
   using Weight = typename M::Weight;
-  const int64_t strips = slab.columns / STRIP, rest = slab.columns % STRIP;
+  const int64_t strips = (slab.columns + STRIP - 1) / STRIP, rest = slab.columns % STRIP;
   const int groups = (x.n + MAX_GROUP - 1) / MAX_GROUP;
-  int64_t block = BLOCK_BYTES / int64_t(slab.columns * sizeof(Weight)) / 2 * 2;
-  block = block < 32 ? 32 : block > BLOCK_ROWS ? BLOCK_ROWS : block;
   const int64_t row_bytes = slab.columns * int64_t(sizeof(Weight)), stride_bytes = slab.stride * int64_t(sizeof(Weight));
-  const bool few = x.n <= FEW;
+  int64_t block = BLOCK_BYTES / row_bytes / 2 * 2;
+  block = block < 32 ? 32 : block > BLOCK_ROWS ? BLOCK_ROWS : block;
+  auto rows_at = [&](int64_t k) { return slab.rows - k < block ? slab.rows - k : block; };
   for (int64_t k = 0; k < slab.rows; k += block) {
-    const int64_t rows = slab.rows - k < block ? slab.rows - k : block;
+    const int64_t rows = rows_at(k);
     const Weight* w = slab.w + k * slab.stride;
-    const float* units = x.units + k / M::PER_UNIT * x.stride;
     const bool last = k + block >= slab.rows;
     const Weight* ahead = last ? slab.next : w + block * slab.stride;
-    const int64_t ahead_rows = last ? (slab.rows < block ? slab.rows : block)
-                                    : (slab.rows - k - block < block ? slab.rows - k - block : block);
-    if (few) {
-      if (slab.stride == slab.columns) stream_in(w, rows * row_bytes);
-      else
-        for (int64_t r = 0; r < rows; ++r) stream_in(w + r * slab.stride, row_bytes);
+    if (x.n <= FEW) {
+      stream_in(w, row_bytes, stride_bytes, rows);
       ahead = nullptr;
     }
-    FetchAhead next(ahead, row_bytes, stride_bytes, ahead_rows, strips * groups * ((rows + M::PER_UNIT - 1) / M::PER_UNIT));
-    for (int64_t s = 0; s < strips; ++s)
+    FetchAhead next(ahead, row_bytes, stride_bytes, rows_at(last ? 0 : k + block),
+                    strips * groups * ((rows + M::PER_UNIT - 1) / M::PER_UNIT));
+    for (int64_t s = 0; s < strips; ++s) {
+      const Weight* strip = w + s * STRIP;
+      int64_t stride = slab.stride;
+      if (rest && s == strips - 1) {
+        for (int64_t r = 0; r < rows; ++r) {
+          std::memset(static_cast<void*>(room.tail + r * STRIP), 0, STRIP * sizeof(Weight));
+          std::memcpy(static_cast<void*>(room.tail + r * STRIP), strip + r * stride, rest * sizeof(Weight));
+        }
+        strip = room.tail;
+        stride = STRIP;
+      }
       for (int g = 0; g < groups; ++g) {
         const int first = x.n * g / groups, tokens = x.n * (g + 1) / groups - first;
-        rows_group<M>(tokens, units + first, x.stride, w + s * STRIP, slab.stride, rows, out + first, at + s * STRIP,
-                      add || k > 0, next);
-      }
-    if (rest) {
-      for (int64_t r = 0; r < rows; ++r) {
-        std::memset(static_cast<void*>(tail + r * STRIP), 0, STRIP * sizeof(Weight));
-        std::memcpy(static_cast<void*>(tail + r * STRIP), w + r * slab.stride + strips * STRIP, rest * sizeof(Weight));
-      }
-      for (int g = 0; g < groups; ++g) {
-        const int first = x.n * g / groups, tokens = x.n * (g + 1) / groups - first;
-        rows_group<M>(tokens, units + first, x.stride, tail, STRIP, rows, out + first, at + strips * STRIP, add || k > 0,
-                      next);
+        const float* units = x.units + k / M::PER_UNIT * x.stride + first;
+        auto group = [&](auto how) INLINE_LAMBDA {
+          rows_group<M, decltype(how)::value>(tokens, units, x.stride, strip, stride, rows, room.staged, out + first,
+                                              at + s * STRIP, add || k > 0, next);
+        };
+        if (groups == 1) group(std::integral_constant<Strip, Strip::alone>{});
+        else if (g == 0) group(std::integral_constant<Strip, Strip::first>{});
+        else group(std::integral_constant<Strip, Strip::later>{});
       }
     }
   }

@@ -285,16 +285,23 @@ struct Block {
   alignas(64) float d[DOT_MAX * ROWS];
 };
 
-// Brings rows that follow each other into the second-level cache with plain loads, which the hardware prefetchers follow
-// at full bandwidth. Nothing is computed meanwhile, so this is for blocks with few tokens: memory is their bound.
-inline void stream_in(const void* from, int64_t bytes) {
+// Brings rows into the second-level cache with plain loads, which the hardware prefetchers follow at full bandwidth.
+// Nothing is computed meanwhile, so this is for blocks with few tokens: memory is their bound.
+inline void stream_in(const void* from, int64_t row_bytes, int64_t stride_bytes, int64_t rows) {
   constexpr int RUNS = 4;
+  if (row_bytes == stride_bytes) {  // one long row
+    row_bytes *= rows;
+    rows = 1;
+  }
+  // Four runs side by side: of rows, or of one row.
+  const int64_t some = rows >= RUNS ? rows / RUNS : 1, apart = rows >= RUNS ? some * stride_bytes : row_bytes / RUNS / 64 * 64;
+  const int64_t bytes = rows >= RUNS ? row_bytes : apart;
   const char* p = static_cast<const char*>(from);
-  const int64_t run = bytes / RUNS / 64 * 64;
   VU seen[RUNS] = {};  // bits, not numbers: some processors take long over subnormal ones
-  for (int64_t i = 0; i < run; i += 64)
+  for (int64_t row = 0; row < some; ++row, p += stride_bytes)
+    for (int64_t i = 0; i + 64 <= bytes; i += 64)
 #pragma GCC unroll 4
-    for (int r = 0; r < RUNS; ++r) seen[r] |= (VU)vload(reinterpret_cast<const float*>(p + r * run + i));
+      for (int r = 0; r < RUNS; ++r) seen[r] |= (VU)vload(reinterpret_cast<const float*>(p + r * apart + i));
   for (VU& each : seen) __asm__ volatile("" : OMNIGENE_KEEP(each));
 }
 
@@ -355,8 +362,9 @@ inline void multiply_block(const Tokens<M>& x, const typename M::Weight* a, cons
   for (int g = 0; g < s.dot_groups(); ++g) tiles += 2 * half / dot_rows(s.dot_take(g));
   const int64_t run = half * stride * int64_t(sizeof(Weight));
   if (s.lanes == 0) {
-    stream_in(a, run - (stride - x.count) * int64_t(sizeof(Weight)));
-    stream_in(b, run - (stride - x.count) * int64_t(sizeof(Weight)));
+    const int64_t row = x.count * int64_t(sizeof(Weight)), apart = stride * int64_t(sizeof(Weight));
+    stream_in(a, row, apart, half);
+    stream_in(b, row, apart, half);
     next_a = next_b = nullptr;
   }
   PrefetchDealer dealer(next_a, next_b, run, tiles);
