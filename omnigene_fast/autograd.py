@@ -1,8 +1,8 @@
 """Gradients of the operators: one autograd.Function per differentiable operator.
 
 Each `<op>_fwd` gets a kernel for torch's Autograd key, so the rule holds however the operator is reached: the functions
-of `omnigene_fast.ops`, `torch.ops.omnigene_fast`, a compiled graph. A backward is one call of `<op>_bwd`, which computes
-what `ctx.needs_input_grad` asks for and writes into nothing that it was given. There are no second derivatives.
+of `omnigene_fast.ops`, `torch.ops.omnigene_fast`, a compiled graph. A backward is one call of `<op>_bwd`, which
+computes what `ctx.needs_input_grad` asks for and writes into nothing that it was given. Second derivatives raise.
 """
 
 from typing import Any
