@@ -6,8 +6,8 @@ On the CPU: the growth of the process' resident high-water mark (VmHWM), reset b
 /proc/self/clear_refs. The allocator's own reports (torch.profiler) and a dispatch mode would see tensors alone; this
 also sees what oneDNN copies into its own layout and the scratch of C++ kernels, ours among them. It counts pages that
 were touched, to the page (4 KiB, or 2 MiB where the system gives huge ones): memory that is reserved and never written
-is not memory used. Blocks that malloc keeps from earlier calls would hide the growth and are returned first. A forked
-child would do the same without the reset, but OpenMP's threads do not survive a fork.
+is not memory used. Blocks that malloc, or our C++ module, keeps from earlier calls would hide the growth and are
+returned first. A forked child would do the same without the reset, but OpenMP's threads do not survive a fork.
 """
 
 import ctypes
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from omnigene_fast.backends import cpu
 
 _PROCESS = Path("/proc/self")
 
@@ -49,6 +51,8 @@ def _kilobytes(field: str) -> int:
 
 
 def _return_free_blocks() -> None:
+    if cpu.unavailable(torch.device("cpu")) is None:
+        cpu.release_memory()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc
         trim(0)

@@ -115,3 +115,43 @@ def test_an_instruction_set_that_is_not_there_is_named():
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     for word in ("OMNIGENE_FAST_CPU_ISA", "sse9", "portable"):
         assert word in run.stdout
+
+
+def test_large_gradients_take_over_memory_that_is_free_and_no_other():
+    """The gradients of expert weights are kept for reuse: a live one is never touched, a stale one never seen."""
+    E, H, intermediate = 8, 1024, 1056  # more than 32 MiB of float32 for gate_up_proj
+    experts = [
+        (torch.randn(E, rows, columns) / columns**0.5).requires_grad_()
+        for rows, columns in ((2 * intermediate, H), (H, intermediate))
+    ]
+
+    def gradients(seed):
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(5, H, generator=generator)
+        index = torch.randint(0, 4, (5, 2), generator=generator)  # experts 4 to 7 are empty: their zeros are written
+        out = ops.expert_mlp(hidden, *experts, index, torch.ones(5, 2), activation="gelu_tanh", backend="cpu")
+        return torch.autograd.grad(out.square().sum(), experts)
+
+    cpu.release_memory()
+    first = gradients(0)
+    expected = [grad.clone() for grad in first]
+    second = gradients(1)
+    assert {x.data_ptr() for x in first}.isdisjoint(x.data_ptr() for x in second)
+    assert all(torch.equal(x, y) for x, y in zip(first, expected, strict=True))
+    address = second[0].data_ptr()
+    view = second[0][3]  # keeps the memory alive
+    kept = view.clone()
+    del second
+    third = gradients(2)
+    assert third[0].data_ptr() != address
+    assert torch.equal(view, kept)
+    del view, third, first
+    cpu.release_memory()
+    fourth = gradients(0)
+    assert all(torch.equal(x, y) for x, y in zip(fourth, expected, strict=True))
+    address = fourth[0].data_ptr()
+    del fourth
+    fifth = gradients(1)  # in the memory of the fourth, whose values must not show
+    assert fifth[0].data_ptr() == address
+    assert not fifth[0][4:].any()
+    cpu.release_memory()

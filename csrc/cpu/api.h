@@ -127,9 +127,12 @@ double probe_bandwidth(const void* buffer, size_t bytes, double seconds, int thr
 // and not in the per-instruction-set files, so that nothing compiled for AVX-512 is shared with the other sets.
 // Throws std::bad_alloc.
 void* scratch(int slot, size_t bytes);
-// Asks for huge pages under a large result that is about to be written for the first time: mapping and clearing it page by
-// page takes longer than computing it (docs/performance.md). Does nothing where the system has no such call.
-void prefer_huge_pages(void* memory, size_t bytes);
+// Memory for large results, 2 MiB aligned, on huge pages where the system has them. What is given back is kept, up to a
+// bound, for the next result: mapping and clearing fresh pages takes longer than computing a weight gradient
+// (docs/performance.md). Any thread may call; take_block throws std::bad_alloc.
+void* take_block(size_t bytes);
+void give_block(void* memory, size_t bytes) noexcept;  // `bytes` as they were asked for
+void release_blocks();                                 // all that is kept
 // Gives back what the calling thread holds above a bound, so that one long prefill does not keep its memory for ever.
 void trim_scratch();
 

@@ -398,7 +398,6 @@ class ExpertGrad {
     const int64_t units = token_units<M>(picks_.most);
     outer_rows_ = units <= 64 ? 384 : units <= 256 ? 192 : 96;  // multiples of a tile's rows and of a packing step
     for (int j = 0; j < job_count_; ++j) {
-      prefer_huge_pages(jobs_[j].out, f_.E * jobs_[j].a.width * jobs_[j].b.width * sizeof(Weight));
       jobs_[j].blocks = ceil_div(jobs_[j].a.width, outer_rows_);
       outer_tasks_ += jobs_[j].blocks * f_.E;
     }

@@ -12,6 +12,7 @@ from . import Lora
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
+_LARGE = 32 << 20  # bytes from which fresh pages cost more than keeping old ones
 
 
 @functools.cache
@@ -181,7 +182,7 @@ def expert_mlp_bwd(
 ) -> tuple[Tensor | None, ...]:
     inputs = (hidden, gate_up_proj, down_proj, weights, *lora)
     grads = [
-        None if not need or x is None else torch.empty(x.shape, dtype=torch.float32 if x is weights else x.dtype)
+        None if not need or x is None else _new_gradient(x.shape, torch.float32 if x is weights else x.dtype)
         for x, need in zip(inputs, needed, strict=True)
     ]
     if hidden.numel() == 0 or down_proj.shape[2] == 0:
@@ -198,6 +199,19 @@ def expert_mlp_bwd(
         [_address(grad) for grad in grads],
     )
     return tuple(grads)
+
+
+def release_memory() -> None:
+    """Give back to the system what is kept for the next gradients of expert weights, 2 GiB at most."""
+    _module().release_blocks()
+
+
+def _new_gradient(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; a large one in memory that an earlier one has left, if there is some."""
+    size = shape.numel() * dtype.itemsize
+    if size < _LARGE:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_module().Buffer(size), dtype=dtype).view(shape)
 
 
 class _ExpertArguments:
