@@ -264,7 +264,7 @@ class ExpertMlp {
     const Weight* rhs = static_cast<const Weight*>(lora.rhs) + picks_.pass[pass].expert * rank * x.count;
     for (int64_t r0 = 0; r0 < rank; r0 += HALF) {
       const int64_t live = smaller(rank - r0, HALF);
-      // One run of rows; the other repeats eight of them, which nobody reads.
+      // One run of rows; the other is zeros, which nobody reads.
       const int half = int(round_up(live, 8));
       multiply_runs(ws, x, rhs + r0 * x.count, rhs, x.count, live, 0, half, nullptr, nullptr, false);
       store_units<M>(u, ws.block, r0, rank, layout.units, [](const float* p, int) INLINE_LAMBDA { return vload(p); });
