@@ -73,12 +73,6 @@ template <class D>
 inline void store_rows(const Split& s, const Block& block, int live, const int64_t* picks, int n, D* a, D* b,
                        int64_t stride) {
   const int in_lanes = n - s.single;
-  auto store = [&](D* to, VF x, int count) INLINE_LAMBDA {
-    if (count >= W) return store_rounded(to, x);
-    D part[W];
-    store_rounded(part, x);
-    std::memcpy(static_cast<void*>(to), part, count * sizeof(D));
-  };
   for (int run = 0; run < 2; ++run) {
     const float *c = block.c + run * HALF * MAX_TOKENS, *d = block.d + run * HALF;
     D* to = run ? b : a;
@@ -87,11 +81,11 @@ inline void store_rows(const Split& s, const Block& block, int live, const int64
         VF t[W];
         for (int i = 0; i < W; ++i) t[i] = vload(c + (r + i) * MAX_TOKENS + first);
         transpose(t);
-        for (int i = 0; i < W && first + i < in_lanes; ++i) store(to + picks[first + i] * stride + r, t[i], live - r);
+        for (int i = 0; i < W && first + i < in_lanes; ++i) store_live(to + picks[first + i] * stride + r, t[i], live - r);
       }
     }
     for (int i = 0; i < s.single; ++i)
-      for (int r = 0; r < live; r += W) store(to + picks[in_lanes + i] * stride + r, vload(d + i * ROWS + r), live - r);
+      for (int r = 0; r < live; r += W) store_live(to + picks[in_lanes + i] * stride + r, vload(d + i * ROWS + r), live - r);
   }
 }
 
@@ -352,13 +346,7 @@ class ExpertMlp {
         VF sum = {};
         for (int64_t k = 0; k < g_.K; ++k)
           if (id[k] < g_.E) sum += weight[k] * vload(y + (t * g_.K + k) * columns + j);
-        if (first + j + W <= g_.H) {
-          store_rounded(out + first + j, sum);
-        } else {
-          X part[W];
-          store_rounded(part, sum);
-          std::memcpy(out + first + j, part, (g_.H - first - j) * sizeof(X));
-        }
+        store_live(out + first + j, sum, g_.H - first - j);
       }
     }
   }

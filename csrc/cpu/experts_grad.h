@@ -221,13 +221,6 @@ class ExpertGrad {
     load<Activation>(ws, picks_.pass[pass], Source{d_pre_, 2 * f_.I, 2 * f_.I, false});
   }
 
-  static INLINE void store_part(Activation* to, VF x, int64_t live) {
-    if (live >= W) return store_rounded(to, x);
-    Activation part[W];
-    store_rounded(part, x);
-    std::memcpy(static_cast<void*>(to), part, live * sizeof(Activation));
-  }
-
   // The panel times lhs [width, r], into the rows of `to` [*, r].
   void times_lhs(Workspace& ws, int64_t index, const LoraArgs& lora, int64_t width, Activation* to) const {
     const Pass& pass = picks_.pass[index];
@@ -237,7 +230,7 @@ class ExpertGrad {
     times_rows<M>(ws.x, Slab<Weight>{lhs, rank, width, rank, nullptr}, ws.out, 0, false, *ws.room);
     for (int i = 0; i < pass.n; ++i)
       for (int64_t j = 0; j < rank; j += W)
-        store_part(to + picks_of(pass)[i] * rank + j, vload(ws.out[i] + j), rank - j);
+        store_live(to + picks_of(pass)[i] * rank + j, vload(ws.out[i] + j), rank - j);
   }
 
   // Rows times rhs^T [r, width], into the rows of `to` [*, r]: dot tiles, as these rows are no panel.
@@ -323,10 +316,10 @@ class ExpertGrad {
         const VF h = act * up, weighted = weight * a;
         inner += a * h;
         if (want_pre_) {
-          store_part(d_pre_ + pick * 2 * I + first + j, weighted * up * slope, live - j);
-          store_part(d_pre_ + pick * 2 * I + I + first + j, weighted * act, live - j);
+          store_live(d_pre_ + pick * 2 * I + first + j, weighted * up * slope, live - j);
+          store_live(d_pre_ + pick * 2 * I + I + first + j, weighted * act, live - j);
         }
-        if (wh_) store_part(wh_ + pick * I + first + j, weight * h, live - j);
+        if (wh_) store_live(wh_ + pick * I + first + j, weight * h, live - j);
       }
       if (partial_) partial_[pick * slabs_ + first / slab_] = vsum(inner);
     }
@@ -371,13 +364,7 @@ class ExpertGrad {
         VF sum = {};
         for (int64_t p = t * f_.K; p < (t + 1) * f_.K; ++p)
           if (f_.index[p] < f_.E) sum += vload(y + p * columns + j);
-        if (j + W <= live) {
-          store_rounded(out + j, sum);
-        } else {
-          X part[W];
-          store_rounded(part, sum);
-          std::memcpy(static_cast<void*>(out + j), part, (live - j) * sizeof(X));
-        }
+        store_live(out + j, sum, live - j);
       }
     }
   }

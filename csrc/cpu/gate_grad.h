@@ -83,14 +83,7 @@ inline void norm_scale_grad_of(const NormScaleGradArgs& g) {
         const float mean = vsum(inner[0] + inner[1]) / float(H);
         X* out = static_cast<X*>(g.d_hidden) + t * H;
         for (int64_t h = 0; h < H; h += W) {
-          const VF d = reciprocal * (vload(grad + h) - vload(normed + h) * mean);
-          if (h + W <= H) {
-            store_rounded(out + h, d);
-          } else {
-            X part[W];
-            store_rounded(part, d);
-            std::memcpy(static_cast<void*>(out + h), part, (H - h) * sizeof(X));
-          }
+          store_live(out + h, reciprocal * (vload(grad + h) - vload(normed + h) * mean), H - h);
         }
       }
     }

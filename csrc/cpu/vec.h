@@ -149,6 +149,14 @@ INLINE void store_rounded(f16* p, VF x) {
   for (int i = 0; i < W; ++i) p[i] = round_to(x[i], p);
 #endif
 }
+// The first `live` lanes, all of them from W on.
+template <class T>
+INLINE void store_live(T* p, VF x, int64_t live) {
+  if (live >= W) return store_rounded(p, x);
+  T part[W];
+  store_rounded(part, x);
+  std::memcpy(static_cast<void*>(p), part, live * sizeof(T));
+}
 // x rounded to T and back: where transformers writes a tensor of dtype T.
 INLINE VF rounded_through(VF x, float*) { return x; }
 INLINE VF rounded_through(VF x, bf16*) {
