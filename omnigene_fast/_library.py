@@ -1,7 +1,8 @@
 """The operators as torch sees them: schemas, kernels that pick a backend, and fakes for tracing.
 
-`<op>_fwd` and `<op>_bwd` are functional and their output sizes never depend on data. What a backward does not need it
-returns as an empty tensor, because a schema has no optional result. `autograd.py` ties the two together.
+`<op>_fwd` and `<op>_bwd` are functional, and their output sizes never depend on data; `<op>_traced_fwd` also writes into
+the buffers of a trace. What a backward does not need it returns as an empty tensor, because a schema has no optional
+result. `autograd.py` ties the two together.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._validate import check_ids
-from .backends import Lora, select
+from .backends import Lora, TraceBuffers, select
 
 _LIB = torch.library.Library("omnigene_fast", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -20,14 +21,23 @@ _EXPERTS = (
     "Tensor hidden, Tensor gate_up_proj, Tensor down_proj, Tensor index, Tensor weights,"
     " Tensor? gate_up_lhs, Tensor? gate_up_rhs, Tensor? down_lhs, Tensor? down_rhs"
 )
+_ROUTE = (
+    "Tensor hidden, Tensor proj_weight, Tensor scale, Tensor per_expert_scale, int top_k, float eps, str numerics,"
+    " str backend"
+)
+_GATE = "Tensor logits, Tensor per_expert_scale, int top_k, str backend"
+_DECISION = "(Tensor probabilities, Tensor weights, Tensor index)"
+# The traced forms are operators of their own, so that without a trace nothing is mutated and nothing is copied under
+# functionalization.
+_TRACE = "Tensor(a!) trace_ids, Tensor(b!)? trace_weights, Tensor(c!)? trace_stats"
 _SCHEMAS = (
-    "route_fwd(Tensor hidden, Tensor proj_weight, Tensor scale, Tensor per_expert_scale, int top_k, float eps,"
-    " str numerics, str backend) -> (Tensor probabilities, Tensor weights, Tensor index)",
+    f"route_fwd({_ROUTE}) -> {_DECISION}",
+    f"route_traced_fwd({_ROUTE}, {_TRACE}) -> {_DECISION}",
     "route_bwd(Tensor? grad_probabilities, Tensor? grad_weights, Tensor hidden, Tensor proj_weight, Tensor scale,"
     " Tensor per_expert_scale, Tensor probabilities, Tensor index, float eps, bool[4] needed, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    "topk_gate_fwd(Tensor logits, Tensor per_expert_scale, int top_k, str backend)"
-    " -> (Tensor probabilities, Tensor weights, Tensor index)",
+    f"topk_gate_fwd({_GATE}) -> {_DECISION}",
+    f"topk_gate_traced_fwd({_GATE}, {_TRACE}) -> {_DECISION}",
     "topk_gate_bwd(Tensor? grad_probabilities, Tensor? grad_weights, Tensor probabilities, Tensor index,"
     " Tensor per_expert_scale, ScalarType dtype, bool[2] needed, str backend) -> (Tensor, Tensor)",
     f"expert_mlp_fwd({_EXPERTS}, str activation, bool expert_parallel, bool save_preactivation, str backend)"
@@ -48,14 +58,17 @@ def _route_fwd(
     eps: float,
     numerics: str,
     backend: str,
+    *trace: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = select(backend, hidden.device, hidden.dtype)
-    if chosen is None:
-        with torch.autocast(hidden.device.type, enabled=False):  # the arguments' dtypes decide, as in every backend
-            return reference.route(
-                hidden, proj_weight, scale, per_expert_scale, top_k=top_k, eps=eps, numerics=numerics
-            )
-    return chosen.route(hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics)
+    buffers = _buffers(trace)
+    if chosen is not None:
+        return chosen.route(hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, buffers)
+    with torch.autocast(hidden.device.type, enabled=False):  # the arguments' dtypes decide, as in every backend
+        made = reference.route(hidden, proj_weight, scale, per_expert_scale, top_k=top_k, eps=eps, numerics=numerics)
+    if buffers is not None:
+        reference.record(*made, *buffers)
+    return made
 
 
 def _route_bwd(
@@ -89,11 +102,23 @@ def _route_bwd(
     return _returned((*grads, d_expert_scale), inputs, needed)
 
 
-def _topk_gate_fwd(logits: Tensor, per_expert_scale: Tensor, top_k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _topk_gate_fwd(
+    logits: Tensor, per_expert_scale: Tensor, top_k: int, backend: str, *trace: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     chosen = select(backend, logits.device, logits.dtype)
-    if chosen is None:
-        return reference.topk_gate(logits, per_expert_scale, top_k=top_k)
-    return chosen.topk_gate(logits, per_expert_scale, top_k)
+    buffers = _buffers(trace)
+    if chosen is not None:
+        return chosen.topk_gate(logits, per_expert_scale, top_k, buffers)
+    made = reference.topk_gate(logits, per_expert_scale, top_k=top_k)
+    if buffers is not None:
+        reference.record(*made, *buffers)
+    return made
+
+
+def _buffers(trace: Sequence[Tensor | None]) -> TraceBuffers | None:
+    if not trace or trace[0] is None:
+        return None
+    return TraceBuffers(trace[0], *trace[1:])
 
 
 def _topk_gate_bwd(
@@ -220,8 +245,10 @@ def _preactivation_shape(index: Tensor, gate_up_proj: Tensor, save: bool) -> tup
 
 for _name, _kernel in (
     ("route_fwd", _route_fwd),
+    ("route_traced_fwd", _route_fwd),
     ("route_bwd", _route_bwd),
     ("topk_gate_fwd", _topk_gate_fwd),
+    ("topk_gate_traced_fwd", _topk_gate_fwd),
     ("topk_gate_bwd", _topk_gate_bwd),
     ("expert_mlp_fwd", _expert_mlp_fwd),
     ("expert_mlp_bwd", _expert_mlp_bwd),
@@ -248,7 +275,8 @@ def _grad_fakes(inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> tupl
 
 
 @torch.library.register_fake("omnigene_fast::route_fwd", lib=_LIB)
-def _route_fwd_fake(hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, backend):  # type: ignore[no-untyped-def]
+@torch.library.register_fake("omnigene_fast::route_traced_fwd", lib=_LIB)
+def _route_fwd_fake(hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, backend, *trace):  # type: ignore[no-untyped-def]
     return _gate_fake(hidden, proj_weight.shape[0], top_k)
 
 
@@ -261,7 +289,8 @@ def _route_bwd_fake(  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("omnigene_fast::topk_gate_fwd", lib=_LIB)
-def _topk_gate_fwd_fake(logits, per_expert_scale, top_k, backend):  # type: ignore[no-untyped-def]
+@torch.library.register_fake("omnigene_fast::topk_gate_traced_fwd", lib=_LIB)
+def _topk_gate_fwd_fake(logits, per_expert_scale, top_k, backend, *trace):  # type: ignore[no-untyped-def]
     return _gate_fake(logits, logits.shape[1], top_k)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .backends import NAMES as BACKENDS
+from .backends import TraceBuffers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -67,3 +68,22 @@ def check_top_k(top_k: int, E: int) -> None:
 def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
+
+
+def check_trace(trace: TraceBuffers, rows: Tensor, top_k: int, E: int) -> None:
+    if not isinstance(trace, TraceBuffers):
+        raise TypeError(f"trace: expected TraceBuffers or None, got {type(trace).__name__}.")
+    id_dtype = torch.uint8 if E <= 255 else torch.int16
+    for name, buffer, width, dtype in (
+        ("ids", trace.ids, top_k, id_dtype),
+        ("weights", trace.weights, top_k, torch.float16),
+        ("stats", trace.stats, 3, torch.float16),
+    ):
+        if buffer is None and name != "ids":
+            continue
+        check_tensor(f"trace.{name}", buffer, f"[T_max, {width}]", 2, device=rows.device, dtypes=(dtype,))
+        if buffer.shape[0] < rows.shape[0] or buffer.shape[1] != width or not buffer.is_contiguous():
+            raise ValueError(
+                f"trace.{name}: expected contiguous [T_max, {width}] with T_max >= {rows.shape[0]}, got shape"
+                f" {shape_of(buffer)} and strides {list(buffer.stride())}."
+            )

@@ -29,15 +29,16 @@ class _Route(torch.autograd.Function):
         eps: float,
         numerics: str,
         backend: str,
+        *trace: Tensor | None,
     ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            probabilities, weights, index = _OPS.route_fwd(
-                hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, backend
+            probabilities, weights, index = _route_op(trace)(
+                hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, backend, *trace
             )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(index)
         ctx.save_for_backward(hidden, proj_weight, scale, per_expert_scale, probabilities, index)
-        ctx.eps, ctx.backend = eps, backend
+        ctx.eps, ctx.backend, ctx.rest = eps, backend, 4 + len(trace)
         return probabilities, weights, index
 
     @staticmethod
@@ -45,20 +46,22 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, grad_probabilities: Tensor | None, grad_weights: Tensor | None, _: None) -> Any:
         needed = list(ctx.needs_input_grad[:4])
         if grad_probabilities is None and grad_weights is None:
-            return (None,) * 8
+            return (None,) * (4 + ctx.rest)
         grads = _OPS.route_bwd(grad_probabilities, grad_weights, *ctx.saved_tensors, ctx.eps, needed, ctx.backend)
-        return *_none_where_not(needed, grads), None, None, None, None
+        return *_none_where_not(needed, grads), *(None,) * ctx.rest
 
 
 class _TopkGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, per_expert_scale: Tensor, top_k: int, backend: str) -> Any:
+    def forward(
+        ctx: Any, logits: Tensor, per_expert_scale: Tensor, top_k: int, backend: str, *trace: Tensor | None
+    ) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            probabilities, weights, index = _OPS.topk_gate_fwd(logits, per_expert_scale, top_k, backend)
+            probabilities, weights, index = _gate_op(trace)(logits, per_expert_scale, top_k, backend, *trace)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(index)
         ctx.save_for_backward(probabilities, index, per_expert_scale)
-        ctx.dtype, ctx.backend = logits.dtype, backend
+        ctx.dtype, ctx.backend, ctx.rest = logits.dtype, backend, 2 + len(trace)
         return probabilities, weights, index
 
     @staticmethod
@@ -66,9 +69,9 @@ class _TopkGate(torch.autograd.Function):
     def backward(ctx: Any, grad_probabilities: Tensor | None, grad_weights: Tensor | None, _: None) -> Any:
         needed = list(ctx.needs_input_grad[:2])
         if grad_probabilities is None and grad_weights is None:
-            return (None,) * 4
+            return (None,) * (2 + ctx.rest)
         grads = _OPS.topk_gate_bwd(grad_probabilities, grad_weights, *ctx.saved_tensors, ctx.dtype, needed, ctx.backend)
-        return *_none_where_not(needed, grads), None, None
+        return *_none_where_not(needed, grads), *(None,) * ctx.rest
 
 
 class _ExpertMlp(torch.autograd.Function):
@@ -119,18 +122,26 @@ def _wanted(*inputs: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
+def _route_op(trace: tuple[Tensor | None, ...]) -> Any:
+    return _OPS.route_traced_fwd if trace else _OPS.route_fwd
+
+
+def _gate_op(trace: tuple[Tensor | None, ...]) -> Any:
+    return _OPS.topk_gate_traced_fwd if trace else _OPS.topk_gate_fwd
+
+
 def _route(*args: Any) -> Any:
     if _wanted(*args[:4]):
         return _Route.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return _OPS.route_fwd(*args)
+        return _route_op(args[8:])(*args)
 
 
 def _topk_gate(*args: Any) -> Any:
     if _wanted(*args[:2]):
         return _TopkGate.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return _OPS.topk_gate_fwd(*args)
+        return _gate_op(args[4:])(*args)
 
 
 def _expert_mlp(*args: Any) -> Any:
@@ -141,5 +152,7 @@ def _expert_mlp(*args: Any) -> Any:
 
 
 _LIB.impl("route_fwd", _route, "Autograd")
+_LIB.impl("route_traced_fwd", _route, "Autograd")
 _LIB.impl("topk_gate_fwd", _topk_gate, "Autograd")
+_LIB.impl("topk_gate_traced_fwd", _topk_gate, "Autograd")
 _LIB.impl("expert_mlp_fwd", _expert_mlp, "Autograd")

@@ -17,11 +17,13 @@ from ._validate import (
     check_size,
     check_tensor,
     check_top_k,
+    check_trace,
     check_vector,
     shape_of,
 )
+from .backends import TraceBuffers
 
-__all__ = ["DTYPES", "SAVE", "check_ids", "expert_mlp", "route", "topk_gate"]
+__all__ = ["DTYPES", "SAVE", "TraceBuffers", "check_ids", "expert_mlp", "route", "topk_gate"]
 
 SAVE = ("preactivation", "input")
 
@@ -36,6 +38,7 @@ def route(
     eps: float,
     numerics: str = "hf",
     backend: str = "auto",
+    trace: TraceBuffers | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gemma-4's whole router in one operator: norm, scale, projection, softmax, top-k, renormalise, per-expert scale.
 
@@ -48,6 +51,9 @@ def route(
         eps: added to the mean square, as `rms_norm_eps`.
         numerics: "hf" rounds where transformers rounds and so routes as the stock model does; "fp32" keeps float32.
         backend: "auto", "cpu", "triton" or "reference"; an explicit one never falls back.
+        trace: buffers of at least T rows that the decision is written into as well, where it is made: ids [T_max, K]
+            uint8 (E <= 255) or int16 with the bits of uint16, weights [T_max, K] float16 or None, stats [T_max, 3]
+            float16 or None: entropy of the softmax in nats, sum of the chosen probabilities, p_K - p_(K+1).
 
     Returns:
         probabilities [T, E] float32, weights [T, K] float32, index [T, K] int64 (float64 inputs: float64). Equal
@@ -72,13 +78,20 @@ def route(
     if numerics not in reference.NUMERICS:
         raise ValueError(f"numerics: expected 'hf' or 'fp32', got {numerics!r}.")
     check_backend(backend)
-    return torch.ops.omnigene_fast.route_fwd(
-        hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, backend
-    )
+    arguments = hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, backend
+    if trace is None:
+        return torch.ops.omnigene_fast.route_fwd(*arguments)
+    check_trace(trace, hidden, top_k, E)
+    return torch.ops.omnigene_fast.route_traced_fwd(*arguments, *trace)
 
 
 def topk_gate(
-    logits: Tensor, per_expert_scale: Tensor, *, top_k: int, backend: str = "auto"
+    logits: Tensor,
+    per_expert_scale: Tensor,
+    *,
+    top_k: int,
+    backend: str = "auto",
+    trace: TraceBuffers | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What follows a router's projection: softmax, top-k, renormalise, per-expert scale.
 
@@ -88,7 +101,7 @@ def topk_gate(
         logits: [T, E] float32, bfloat16, float16 or float64.
         per_expert_scale: [E], any of those dtypes.
         top_k: K, 1 <= K <= E.
-        backend: as for `route`.
+        backend, trace: as for `route`.
 
     Returns:
         probabilities [T, E] float32, weights [T, K] float32, index [T, K] int64 (float64 logits: float64).
@@ -102,7 +115,10 @@ def topk_gate(
     check_vector("per_expert_scale", per_expert_scale, logits.shape[1], "logits.shape[1]", logits, same_dtype=False)
     check_top_k(top_k, logits.shape[1])
     check_backend(backend)
-    return torch.ops.omnigene_fast.topk_gate_fwd(logits, per_expert_scale, top_k, backend)
+    if trace is None:
+        return torch.ops.omnigene_fast.topk_gate_fwd(logits, per_expert_scale, top_k, backend)
+    check_trace(trace, logits, top_k, logits.shape[1])
+    return torch.ops.omnigene_fast.topk_gate_traced_fwd(logits, per_expert_scale, top_k, backend, *trace)
 
 
 def expert_mlp(

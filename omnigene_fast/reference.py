@@ -102,6 +102,39 @@ def topk_gate(logits: Tensor, per_expert_scale: Tensor, *, top_k: int) -> tuple[
     return probabilities, weights * per_expert_scale.to(wide)[index], index
 
 
+def statistics(probabilities: Tensor, index: Tensor) -> Tensor:
+    """How sure a router is: [T, 3] in the dtype of `probabilities`.
+
+    The entropy of the whole softmax in nats, the sum of the chosen probabilities, and the margin p_K - p_(K+1) between
+    the last that is chosen and the first that is not (p_K where all are chosen).
+
+    Args:
+        probabilities: [T, E], as `topk_gate` returns them.
+        index: [T, K], as `topk_gate` returns it.
+    """
+    chosen = probabilities.gather(-1, index)
+    rest = probabilities.scatter(-1, index, 0.0)
+    entropy = -torch.xlogy(probabilities, probabilities).sum(-1)
+    return torch.stack([entropy, chosen.sum(-1), chosen.amin(-1) - rest.amax(-1)], dim=-1)
+
+
+def record(
+    probabilities: Tensor,
+    weights: Tensor,
+    index: Tensor,
+    ids: Tensor,
+    half_weights: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """Write a router's decision for T tokens into the first T rows of a trace's buffers (`backends.TraceBuffers`)."""
+    T = index.shape[0]
+    ids[:T] = index.to(ids.dtype)
+    if half_weights is not None:
+        half_weights[:T] = weights
+    if stats is not None:
+        stats[:T] = statistics(probabilities, index)
+
+
 def topk_gate_bwd(
     grad_probabilities: Tensor | None,
     grad_weights: Tensor | None,

@@ -45,6 +45,14 @@ struct ExpertGradArgs {
   void *d_gate_up_lhs, *d_gate_up_rhs, *d_down_lhs, *d_down_rhs;
 };
 
+// Where a gate writes its decisions, row t for token t. A null ids: nowhere.
+struct TraceArgs {
+  void* ids;          // [T_max, K] of id_bytes each
+  int id_bytes;       // 1 or 2
+  uint16_t* weights;  // [T_max, K] half precision, or null
+  uint16_t* stats;    // [T_max, 3] half precision, or null: entropy of the softmax, sum of the chosen, p_K - p_(K+1)
+};
+
 struct RouteArgs {
   const void* hidden;  // [T, H], row stride hidden_stride
   int64_t hidden_stride;
@@ -61,6 +69,7 @@ struct RouteArgs {
   Dtype dtype;
   bool round_like_hf;
   int threads;
+  TraceArgs trace;
 };
 
 struct GateArgs {
@@ -73,6 +82,7 @@ struct GateArgs {
   int64_t T, K, E;
   Dtype logits_dtype, scale_dtype;
   int threads;
+  TraceArgs trace;
 };
 
 struct GateGradArgs {
@@ -116,6 +126,11 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+
+// Adds to out[slot[t], id] for the picks ids[t, :] of n tokens, rows of out_stride. Returns the first id that is no
+// expert, or -1.
+int64_t count_picks(const void* ids, int id_bytes, const int64_t* slot, int64_t n, int64_t K, int64_t E, int32_t* out,
+                    int64_t out_stride);
 
 // The table for this machine, or the one named by OMNIGENE_FAST_CPU_ISA.
 const Kernels& kernels();

@@ -95,25 +95,48 @@ void norm_scale_grad(uintptr_t d_scaled, Rows hidden, uintptr_t scale, uintptr_t
   kernels().norm_scale_grad(args);
 }
 
+// ids, bytes of an id, weights, statistics; all 0: no trace
+using Trace = std::tuple<uintptr_t, int, uintptr_t, uintptr_t>;
+
+TraceArgs trace_args(Trace from) {
+  return {at<void>(std::get<0>(from)), std::get<1>(from), at<uint16_t>(std::get<2>(from)),
+          at<uint16_t>(std::get<3>(from))};
+}
+
 void route(uintptr_t hidden, int64_t hidden_stride, uintptr_t proj, int64_t proj_stride, uintptr_t scale,
            uintptr_t per_expert_scale, uintptr_t probabilities, uintptr_t weights, uintptr_t index, int64_t T, int64_t K,
-           int64_t E, int64_t H, float eps, double root, int dtype, bool round_like_hf, int threads) {
+           int64_t E, int64_t H, float eps, double root, int dtype, bool round_like_hf, int threads, Trace trace) {
   const RouteArgs args = {at<const void>(hidden), hidden_stride, at<const void>(proj), proj_stride,
                           at<const void>(scale), at<const void>(per_expert_scale), at<float>(probabilities),
                           at<float>(weights), at<int64_t>(index), T, K, E, H, eps, float(root), Dtype(dtype),
-                          round_like_hf, threads};
+                          round_like_hf, threads, trace_args(trace)};
   py::gil_scoped_release release;
   kernels().route(args);
 }
 
 void topk_gate(uintptr_t logits, int64_t logits_stride, uintptr_t per_expert_scale, uintptr_t probabilities,
                uintptr_t weights, uintptr_t index, int64_t T, int64_t K, int64_t E, int logits_dtype, int scale_dtype,
-               int threads) {
+               int threads, Trace trace) {
   const GateArgs args = {at<const void>(logits), logits_stride, at<const void>(per_expert_scale),
                          at<float>(probabilities), at<float>(weights), at<int64_t>(index), T, K, E,
-                         Dtype(logits_dtype), Dtype(scale_dtype), threads};
+                         Dtype(logits_dtype), Dtype(scale_dtype), threads, trace_args(trace)};
   py::gil_scoped_release release;
   kernels().topk_gate(args);
+}
+
+// The picks of L layers of n tokens each: ids [L, n, K] contiguous, out [D, L, E] of D slots.
+void count_layers(uintptr_t ids, int id_bytes, uintptr_t slot, int64_t L, int64_t n, int64_t K, int64_t E,
+                  uintptr_t out) {
+  int64_t wrong = -1;
+  {
+    py::gil_scoped_release release;
+    for (int64_t l = 0; l < L && wrong < 0; ++l)
+      wrong = count_picks(at<const char>(ids) + l * n * K * id_bytes, id_bytes, at<const int64_t>(slot), n, K, E,
+                          at<int32_t>(out) + l * E, L * E);
+  }
+  if (wrong >= 0)
+    throw py::value_error("ids: expected expert ids in [0, " + std::to_string(E) + "), got " + std::to_string(wrong) +
+                          ".");
 }
 
 // Memory of a large gradient, which torch.frombuffer makes a tensor of; it goes back when the last such tensor dies.
@@ -141,6 +164,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("norm_scale_grad", &norm_scale_grad);
   m.def("route", &route);
   m.def("topk_gate", &topk_gate);
+  m.def("count_layers", &count_layers);
   m.def("probe_bandwidth", [](uintptr_t buffer, size_t bytes, double seconds, int threads) {
     py::gil_scoped_release release;
     return probe_bandwidth(at<const void>(buffer), bytes, seconds, threads);

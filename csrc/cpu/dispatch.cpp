@@ -145,6 +145,52 @@ void release_blocks() {
 
 namespace {
 
+template <class Id>
+int64_t count_picks_of(const Id* ids, const int64_t* slot, int64_t n, int64_t K, int64_t E, int32_t* out,
+                       int64_t out_stride) {
+  Id top = 0;
+  for (int64_t i = 0; i < n * K; ++i) top = ids[i] > top ? ids[i] : top;
+  if (n * K && top >= E) return top;
+  // Of a run of tokens of one slot two are counted at a time, into two tables, so that a token that repeats the experts
+  // of the one before does not wait for its additions.
+  std::vector<int32_t> twin(E, 0);
+  for (int64_t t = 0; t < n;) {
+    const int64_t here = slot[t];
+    int64_t end = t + 1;
+    while (end < n && slot[end] == here) ++end;
+    int32_t* to = out + here * out_stride;
+    if (end - t < 32) {
+      for (; t < end; ++t)
+        for (int64_t k = 0; k < K; ++k) ++to[ids[t * K + k]];
+      continue;
+    }
+    for (; t + 1 < end; t += 2)
+      for (int64_t k = 0; k < K; ++k) {
+        ++to[ids[t * K + k]];
+        ++twin[ids[(t + 1) * K + k]];
+      }
+    if (t < end) {
+      for (int64_t k = 0; k < K; ++k) ++to[ids[t * K + k]];
+      ++t;
+    }
+    for (int64_t e = 0; e < E; ++e) {
+      to[e] += twin[e];
+      twin[e] = 0;
+    }
+  }
+  return -1;
+}
+
+}  // namespace
+
+int64_t count_picks(const void* ids, int id_bytes, const int64_t* slot, int64_t n, int64_t K, int64_t E, int32_t* out,
+                    int64_t out_stride) {
+  if (id_bytes == 1) return count_picks_of(static_cast<const uint8_t*>(ids), slot, n, K, E, out, out_stride);
+  return count_picks_of(static_cast<const uint16_t*>(ids), slot, n, K, E, out, out_stride);
+}
+
+namespace {
+
 // One pass of a thread over its lines, as `streams` runs side by side, each fetched `ahead` bytes early (0: not at all).
 uint64_t read_lines(const char* from, size_t lines, int streams, size_t ahead) {
   const size_t run = lines / streams;

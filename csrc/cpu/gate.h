@@ -11,10 +11,27 @@
 namespace omnigene {
 namespace {
 
+// Writes what a token's gate decided into row t of the trace.
+inline void record(const TraceArgs& trace, int64_t t, int64_t K, const int64_t* index, const float* weights,
+                   const float* stats) {
+  if (trace.id_bytes == 1) {
+    uint8_t* ids = static_cast<uint8_t*>(trace.ids) + t * K;
+    for (int64_t k = 0; k < K; ++k) ids[k] = uint8_t(index[k]);
+  } else {
+    uint16_t* ids = static_cast<uint16_t*>(trace.ids) + t * K;
+    for (int64_t k = 0; k < K; ++k) ids[k] = uint16_t(index[k]);
+  }
+  if (trace.weights)
+    for (int64_t k = 0; k < K; ++k) trace.weights[t * K + k] = round_to(weights[k], static_cast<f16*>(nullptr)).bits;
+  if (trace.stats)
+    for (int i = 0; i < 3; ++i) trace.stats[t * 3 + i] = round_to(stats[i], static_cast<f16*>(nullptr)).bits;
+}
+
 // softmax of logits[E] into probabilities[E], then the K largest, equals by lowest id. Both logits and `room` have
-// round_up(E, W) floats of space, `room` as many again for one maximum per vector.
+// round_up(E, W) floats of space, `room` as many again for one maximum per vector. stats: null, or three floats as in
+// TraceArgs.
 inline void select_experts(float* logits, int64_t E, int64_t K, const float* per_expert_scale, float* probabilities,
-                           float* weights, int64_t* index, float* room) {
+                           float* weights, int64_t* index, float* room, float* stats) {
   const int64_t vectors = ceil_div(E, W), padded = vectors * W;
   float* top = room + padded;
   for (int64_t e = E; e < padded; ++e) logits[e] = -INFINITY;
@@ -34,7 +51,17 @@ inline void select_experts(float* logits, int64_t E, int64_t K, const float* per
       index[k] = k;
       weights[k] = NAN;
     }
+    if (stats) stats[0] = stats[1] = stats[2] = NAN;
     return;
+  }
+  if (stats) {
+    // ln p = (logit - largest) - ln sum, so one logarithm serves all; where p is 0 the logit may be -Inf.
+    VF inner = {};
+    for (int64_t e = 0; e < padded; e += W) {
+      const VF p = vload(room + e), below = vload(logits + e) - largest;
+      inner += p > 0.0f ? p * below : VF{};
+    }
+    stats[0] = std::log(sum) - vsum(inner);
   }
   for (int64_t e = E; e < padded; ++e) room[e] = -1.0f;
   for (int64_t v = 0; v < vectors; ++v) top[v] = vtop(vload(room + v * W));
@@ -50,7 +77,24 @@ inline void select_experts(float* logits, int64_t E, int64_t K, const float* per
     room[id] = -1.0f;
     top[v] = vtop(vload(room + v * W));
   }
+  if (stats) {
+    float next = top[0];
+    for (int64_t i = 1; i < vectors; ++i) next = next < top[i] ? top[i] : next;
+    stats[1] = selected;
+    stats[2] = weights[K - 1] - (next > 0.0f ? next : 0.0f);  // -1 marks what was chosen
+  }
   for (int64_t k = 0; k < K; ++k) weights[k] = weights[k] / selected * per_expert_scale[index[k]];
+}
+
+// select_experts for token t of a call, with its record.
+template <class Args>
+inline void select_token(const Args& g, int64_t t, float* logits, const float* per_expert_scale, float* room) {
+  float stats[3];
+  int64_t* index = g.index + t * g.K;
+  float* weights = g.weights + t * g.K;
+  select_experts(logits, g.E, g.K, per_expert_scale, g.probabilities + t * g.E, weights, index, room,
+                 g.trace.ids && g.trace.stats ? stats : nullptr);
+  if (g.trace.ids) record(g.trace, t, g.K, index, weights, stats);
 }
 
 template <class T>
@@ -79,7 +123,7 @@ inline void topk_gate(const GateArgs& g) {
     for (int64_t t = g.T * id / team; t < g.T * (id + 1) / team; ++t) {
       const char* row = static_cast<const char*>(g.logits) + t * g.logits_stride * element_size(g.logits_dtype);
       widen(g.logits_dtype, row, g.E, logits);
-      select_experts(logits, g.E, g.K, scale, g.probabilities + t * g.E, g.weights + t * g.K, g.index + t * g.K, room);
+      select_token(g, t, logits, scale, room);
     }
   }
 }
@@ -253,8 +297,7 @@ class Route {
 
   void select(int64_t t, float* logits, float* room) const {
     for (int64_t e = 0; e < padded_; e += W) vstore(logits + e, rounded(vload(logits + e)));
-    select_experts(logits, g_.E, g_.K, scale_ + g_.H, g_.probabilities + t * g_.E, g_.weights + t * g_.K,
-                   g_.index + t * g_.K, room);
+    select_token(g_, t, logits, scale_ + g_.H, room);
   }
 
   const RouteArgs& g_;

@@ -27,6 +27,14 @@ class Lora(NamedTuple):
     down_rhs: Tensor | None  # [E, s, I]
 
 
+class TraceBuffers(NamedTuple):
+    """Where a gate writes its decisions: row t is token t, and rows past the T of a call stay as they are."""
+
+    ids: Tensor  # [T_max, K] uint8 for up to 255 experts, else int16 that holds the bits of uint16; contiguous
+    weights: Tensor | None = None  # [T_max, K] float16: the weights that the gate returns, rounded
+    stats: Tensor | None = None  # [T_max, 3] float16: entropy of the softmax in nats, sum of the chosen, p_K - p_(K+1)
+
+
 class Backend(Protocol):
     """What every backend module provides. The arguments arrive validated by `omnigene_fast.ops`."""
 
@@ -42,6 +50,7 @@ class Backend(Protocol):
         top_k: int,
         eps: float,
         numerics: str,
+        trace: TraceBuffers | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def route_bwd(
@@ -55,7 +64,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden, proj_weight and scale (where `needed`) from those of the logits [T, E] float32."""
 
-    def topk_gate(self, logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def topk_gate(
+        self, logits: Tensor, per_expert_scale: Tensor, top_k: int, trace: TraceBuffers | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def topk_gate_bwd(
         self,

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import Lora
+from . import Lora, TraceBuffers
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
@@ -76,6 +76,7 @@ def route(
     top_k: int,
     eps: float,
     numerics: str,
+    trace: TraceBuffers | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, proj_weight = _rows(hidden), _rows(proj_weight)
     scale, per_expert_scale = scale.contiguous(), per_expert_scale.contiguous()
@@ -85,12 +86,14 @@ def route(
         _module().route(
             hidden.data_ptr(), hidden.stride(0), proj_weight.data_ptr(), proj_weight.stride(0), scale.data_ptr(),
             per_expert_scale.data_ptr(), probabilities.data_ptr(), weights.data_ptr(), index.data_ptr(), T, top_k, E, H,
-            eps, H**-0.5, DTYPES[hidden.dtype], numerics == "hf", torch.get_num_threads(),
+            eps, H**-0.5, DTYPES[hidden.dtype], numerics == "hf", torch.get_num_threads(), _trace(trace),
         )  # fmt: skip
     return probabilities, weights, index
 
 
-def topk_gate(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def topk_gate(
+    logits: Tensor, per_expert_scale: Tensor, top_k: int, trace: TraceBuffers | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     logits, per_expert_scale = _rows(logits), per_expert_scale.contiguous()
     if per_expert_scale.dtype not in DTYPES:
         per_expert_scale = per_expert_scale.float()
@@ -100,7 +103,7 @@ def topk_gate(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Ten
         _module().topk_gate(
             logits.data_ptr(), logits.stride(0), per_expert_scale.data_ptr(), probabilities.data_ptr(),
             weights.data_ptr(), index.data_ptr(), T, top_k, E, DTYPES[logits.dtype], DTYPES[per_expert_scale.dtype],
-            torch.get_num_threads(),
+            torch.get_num_threads(), _trace(trace),
         )  # fmt: skip
     return probabilities, weights, index
 
@@ -254,6 +257,12 @@ class _ExpertArguments:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _trace(trace: TraceBuffers | None) -> tuple[int, int, int, int]:
+    if trace is None:
+        return 0, 0, 0, 0
+    return trace.ids.data_ptr(), trace.ids.element_size(), _address(trace.weights), _address(trace.stats)
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:

@@ -1,0 +1,58 @@
+"""What one forward call leaves behind: the records that go from the capture to the store, and out of it again."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PHASES = ("prefill", "decode", "train")  # what `Records.phase` numbers
+KINDS = ("ids", "weights", "stats")  # what `record=` may name, beside the counts, which are always kept
+STATISTICS = ("entropy", "mass", "margin")  # of the full softmax: nats; sum of the chosen; p_K - p_(K+1)
+
+
+def id_dtype(num_experts: int) -> type[np.unsignedinteger[Any]]:
+    """uint8 for up to 255 experts, uint16 beyond: the largest value is never an expert."""
+    return np.uint8 if num_experts <= 255 else np.uint16
+
+
+def unused(num_experts: int) -> int:
+    """What a slot holds that no expert was written to; never 0, which is an expert."""
+    return int(np.iinfo(id_dtype(num_experts)).max)
+
+
+@dataclass
+class Records:
+    """The routing of n tokens in L layers. Masked tokens are not among them.
+
+    A token is identified by its document and its position in it, counted over recorded tokens from 0.
+    """
+
+    doc: NDArray[np.int64]  # [n]
+    pos: NDArray[np.int32]  # [n]
+    token: NDArray[np.int32]  # [n] token id, -1 where the model was called with embeddings
+    phase: NDArray[np.uint8]  # [n] position in PHASES
+    ids: NDArray[Any]  # [L, n, K] uint8 or uint16 (`id_dtype`), in the router's order
+    weights: NDArray[np.float16] | None = None  # [L, n, K]
+    stats: NDArray[np.float16] | None = None  # [L, n, 3] as STATISTICS
+
+    def __len__(self) -> int:
+        return len(self.doc)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the arrays, in bytes."""
+        every = (self.doc, self.pos, self.token, self.phase, self.ids, self.weights, self.stats)
+        return sum(array.nbytes for array in every if array is not None)
+
+    def take(self, rows: Any) -> "Records":
+        """The records of `rows`, an index or mask over tokens."""
+        return Records(
+            self.doc[rows],
+            self.pos[rows],
+            self.token[rows],
+            self.phase[rows],
+            self.ids[:, rows],
+            None if self.weights is None else self.weights[:, rows],
+            None if self.stats is None else self.stats[:, rows],
+        )
