@@ -1,8 +1,8 @@
 """The operators as torch sees them: schemas, kernels that pick a backend, and fakes for tracing.
 
-`<op>_fwd` and `<op>_bwd` are functional, and their output sizes never depend on data; `<op>_traced_fwd` also writes into
-the buffers of a trace. What a backward does not need it returns as an empty tensor, because a schema has no optional
-result. `autograd.py` ties the two together.
+`<op>_fwd` and `<op>_bwd` are functional, and their output sizes never depend on data; `<op>_traced_fwd` also writes
+into the buffers of a trace. What a backward does not need it returns as an empty tensor, because a schema has no
+optional result. `autograd.py` ties the two together.
 """
 
 from collections.abc import Sequence

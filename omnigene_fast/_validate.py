@@ -1,5 +1,7 @@
 """Checks of the operators' arguments. Every error names the argument, what was expected and what came."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -81,6 +83,7 @@ def check_trace(trace: TraceBuffers, rows: Tensor, top_k: int, E: int) -> None:
     ):
         if buffer is None and name != "ids":
             continue
+        buffer = cast(Tensor, buffer)  # or it is refused
         check_tensor(f"trace.{name}", buffer, f"[T_max, {width}]", 2, device=rows.device, dtypes=(dtype,))
         if buffer.shape[0] < rows.shape[0] or buffer.shape[1] != width or not buffer.is_contiguous():
             raise ValueError(

@@ -121,7 +121,7 @@ def bench(
       omnigene-fast bench --op experts --tokens 1,16 --modes uniform --out rows.json
       omnigene-fast bench --op training --out rows.json --merge
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     from . import info as information
     from .bench import plot, report, runner

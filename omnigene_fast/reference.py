@@ -118,6 +118,18 @@ def statistics(probabilities: Tensor, index: Tensor) -> Tensor:
     return torch.stack([entropy, chosen.sum(-1), chosen.amin(-1) - rest.amax(-1)], dim=-1)
 
 
+def as_probabilities(values: Tensor) -> Tensor:
+    """`values` [T, E] themselves where a row is a distribution, its softmax where it holds logits.
+
+    The first output of a router is called logits in transformers, and holds probabilities in Gemma-4's: a softmax of
+    these would look almost uniform. Reads nothing back to the host.
+    """
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    total = values.sum(-1, keepdim=True)
+    distribution = (values.amin(-1, keepdim=True) >= 0) & ((total - 1).abs() < 0.05)
+    return torch.where(distribution, values, torch.softmax(values, dim=-1))
+
+
 def record(
     probabilities: Tensor,
     weights: Tensor,

@@ -1,7 +1,7 @@
 """One MoE layer's experts at Gemma-4-26B-A4B's true shape, against transformers' own paths."""
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from omnigene_fast import info
 from omnigene_fast.bench import report, runner

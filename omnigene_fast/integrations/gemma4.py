@@ -5,6 +5,7 @@ It is an instance attribute, so that the class, its hooks and transformers' outp
 """
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -13,10 +14,61 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4Text
 
 from .. import ops
 
+# Instance attribute of an accelerated router: None, or its ops.TraceBuffers while a traced call runs. It is always
+# there, because a compiled graph notices a value that changes, and not an attribute that appears.
+TRACE = "_omnigene_fast_trace"
+
 
 def is_router(module: nn.Module) -> bool:
     """Whether `module` computes what `Gemma4TextRouter` computes (a subclass with a forward of its own does not)."""
     return type(module).forward is Gemma4TextRouter.forward
+
+
+def routers_by_layer(model: nn.Module) -> dict[int, Any]:
+    """The routers of `model` by the index of their decoder layer, in order: layers without experts are not counted
+    away.
+
+    Raises:
+        ValueError: `model` has no Gemma-4 router, or two with one index.
+    """
+    found: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        if not is_router(module):
+            continue
+        numbers = re.findall(r"\blayers\.(\d+)\.", f"{name}.")
+        if not numbers or int(numbers[-1]) in found:
+            raise ValueError(
+                "model: expected one Gemma-4 router per decoder layer, in a list named layers, got one at"
+                f" {name or 'the top'}; pass the language model."
+            )
+        found[int(numbers[-1])] = module
+    if not found:
+        raise ValueError(
+            f"model: expected a Gemma-4 with mixture-of-experts layers, got a {type(model).__name__} without a router."
+        )
+    return dict(sorted(found.items()))
+
+
+def is_accelerated(router: nn.Module) -> bool:
+    """Whether the fused forward runs for `router`, which then writes into the buffers in its attribute `TRACE`."""
+    return _is_ours(router.__dict__.get("forward")) or _is_ours(router.__dict__.get("_old_forward"))
+
+
+def set_trace(router: nn.Module, buffers: ops.TraceBuffers | None) -> None:
+    """From now on the forward of `router`, or a hook that stands in for it, writes into `buffers`, or nowhere."""
+    if buffers is None and not is_accelerated(router):
+        router.__dict__.pop(TRACE, None)
+    else:
+        router.__dict__[TRACE] = buffers
+
+
+def numerics_of(router: nn.Module) -> str:
+    """How `router` rounds: "hf" or "fp32" as accelerated, "stock" otherwise."""
+    for slot in ("forward", "_old_forward"):
+        forward = router.__dict__.get(slot)
+        if _is_ours(forward):
+            return str(forward.keywords["numerics"])  # type: ignore[union-attr]
+    return "stock"
 
 
 def forward_slot(router: nn.Module) -> str:
@@ -36,6 +88,7 @@ def forward_slot(router: nn.Module) -> str:
 
 def install(router: nn.Module, slot: str, *, numerics: str, backend: str) -> None:
     """Put our forward into `slot` (from `forward_slot`)."""
+    router.__dict__.setdefault(TRACE, None)
     router.__dict__[slot] = functools.partial(_router_forward, router, numerics=numerics, backend=backend)
 
 
@@ -45,6 +98,7 @@ def uninstall(module: nn.Module) -> None:
         del module.__dict__["forward"]
     if _is_ours(module.__dict__.get("_old_forward")):
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+    module.__dict__.pop(TRACE, None)
 
 
 def _is_ours(forward: Any) -> bool:
@@ -61,7 +115,7 @@ def _router_forward(
         probabilities, weights, index = (tensor.unflatten(0, hidden_states.shape[:-1]) for tensor in out)
         return probabilities, weights, index
     norm, proj, scale, per_expert_scale = router.norm, router.proj, router.scale, router.per_expert_scale
-    top_k = router.config.top_k_experts
+    top_k, trace = router.config.top_k_experts, getattr(router, TRACE)
     if _is_plain_linear(proj) and _is_plain_norm(norm):
         weight, dtype = proj.weight, hidden_states.dtype
         if (
@@ -78,10 +132,11 @@ def _router_forward(
                 eps=norm.eps,
                 numerics=numerics,
                 backend=backend,
+                trace=trace,
             )
     # Up to the logits as transformers does it, so that whatever wraps the projection (LoRA, 4-bit, hooks) has its say.
     logits = proj(norm(hidden_states) * scale * router.scalar_root_size)
-    return ops.topk_gate(logits, per_expert_scale, top_k=top_k, backend=backend)
+    return ops.topk_gate(logits, per_expert_scale, top_k=top_k, backend=backend, trace=trace)
 
 
 def _is_autocast(device_type: str) -> bool:

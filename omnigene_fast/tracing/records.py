@@ -1,5 +1,6 @@
 """What one forward call leaves behind: the records that go from the capture to the store, and out of it again."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,16 @@ def unused(num_experts: int) -> int:
     return int(np.iinfo(id_dtype(num_experts)).max)
 
 
+def text_hash(token: NDArray[np.int32]) -> str:
+    """16 hexadecimal digits that stand for a document's token ids: the same text in the runs of two checkpoints."""
+    return hashlib.blake2b(np.ascontiguousarray(token, np.int32).tobytes(), digest_size=8).hexdigest()
+
+
 @dataclass
 class Records:
     """The routing of n tokens in L layers. Masked tokens are not among them.
 
-    A token is identified by its document and its position in it, counted over recorded tokens from 0.
+    A token is identified by its document and its position in it, counted from 0 with padding left out.
     """
 
     doc: NDArray[np.int64]  # [n]

@@ -1,0 +1,453 @@
+"""`trace`: records which experts every token visits, where the router decides it.
+
+The model's thread copies what the gates have written and goes on; a background thread finds out which documents the
+tokens belong to and hands them to the store.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import reference
+from ..integrations import gemma4
+from .buffers import Buffers, Host, Taken, to_host
+from .calls import Call, Streams, Watch, valid_tokens
+from .description import describe_model, end_tokens, owns_the_decision, process_rank
+from .identity import Numbering, Stream
+from .labels import check_name, check_text
+from .memory import Memory
+from .pump import POLICIES, Pump, parse_bytes
+from .records import KINDS, PHASES, Records, text_hash, unused
+
+COMMIT_SECONDS = 60.0  # after which even a small segment is made durable
+
+logger = logging.getLogger("omnigene_fast")
+
+Mask = Tensor | Callable[[Mapping[str, Any]], Tensor]
+Labels = Mapping[str, str | Sequence[str]]
+
+
+def trace(
+    model: nn.Module,
+    path: str | Path | None = None,
+    *,
+    labels: Labels | None = None,
+    record: Sequence[str] = KINDS,
+    mask: Mask | None = None,
+    budget: int | str = "2GiB",
+    on_full: str = "block",
+    segment_tokens: int = 65536,
+    max_tokens: int = 0,
+    rank: int | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> "Tracer":
+    """Record which experts the tokens of `model` visit: `with trace(model, "runs/cpt") as tr: model(**batch)`.
+
+    Works with padded and packed batches, `generate`, training with and without gradient checkpointing, and under
+    `torch.compile`. Each row of a call is a document, unless it continues a cached sequence, packs several (its
+    position_ids begin anew at 0) or `Tracer.label` numbers them. On an accelerated model the gate itself writes the
+    record; on a stock model forward hooks on the routers do, which is slower, and the log says so.
+
+    Args:
+        model: Gemma-4 with routers, bare or wrapped (PEFT, DDP, torch.compile).
+        path: directory of the run; an existing run of the same model is continued. None keeps the counts in memory and
+            nothing else.
+        labels: of every document, name -> text, or name -> one text per row of a call; `Tracer.label` changes them.
+        record: which of "ids", "weights" (of the chosen experts, float16) and "stats" (entropy of the softmax in nats,
+            probability mass of the chosen, margin p_K - p_(K+1), float16) to keep per token. Counts are always kept.
+        mask: which tokens to record, instead of the attention_mask of the call: [B, S], or a function of the call's
+            arguments that returns one, such as `lambda inputs: inputs["labels"] != -100`.
+        budget: bytes that may wait for the writer, a number or a text such as "2GiB".
+        on_full: when more would wait: "block" the model, "drop" the tokens of the call (`Tracer.dropped` counts them)
+            or "raise".
+        segment_tokens: tokens that are made durable together, or fewer after a minute; a crash loses at most these.
+        max_tokens: tokens per call to reserve memory for at once, so that its addresses do not change later (CUDA
+            graphs); it grows by itself otherwise.
+        rank: number of this writer; by default that of torch.distributed. Under tensor or expert parallelism only the
+            first rank of a group writes.
+        meta: more facts for meta.json, such as {"tokenizer": "bytes"}.
+
+    Returns:
+        a `Tracer`, a context manager. Leaving it raises RuntimeError if nothing was recorded.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; no router in `model`.
+        FileExistsError, RuntimeError: on entering, if `path` is something else, or has a live writer of this rank.
+    """
+    return Tracer(
+        model,
+        path,
+        labels=labels,
+        record=record,
+        mask=mask,
+        budget=budget,
+        on_full=on_full,
+        segment_tokens=segment_tokens,
+        max_tokens=max_tokens,
+        rank=rank,
+        meta=meta,
+    )
+
+
+@dataclass
+class _Handover:
+    """One call on its way to the writer."""
+
+    stream: Stream
+    shape: tuple[int, int]
+    continues: bool
+    phase: int
+    tokens: Host  # valid, token, position, keep: each [B, S] or None
+    doc_ids: NDArray[np.int64] | None
+    labels: Labels
+    taken: Taken | None  # None: dropped
+
+
+class Tracer:
+    """A running trace; see `trace`. Not for several models at once, nor for calls from several threads."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str | Path | None,
+        *,
+        labels: Labels | None = None,
+        record: Sequence[str] = KINDS,
+        mask: Mask | None = None,
+        budget: int | str = "2GiB",
+        on_full: str = "block",
+        segment_tokens: int = 65536,
+        max_tokens: int = 0,
+        rank: int | None = None,
+        meta: Mapping[str, Any] | None = None,
+        store: Any = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+        record = (record,) if isinstance(record, str) else tuple(record)
+        if set(record) - set(KINDS):
+            raise ValueError(f"record: expected some of {', '.join(KINDS)}, got {', '.join(map(repr, record))}.")
+        if on_full not in POLICIES:
+            raise ValueError(f"on_full: expected one of {', '.join(POLICIES)}, got {on_full!r}.")
+        if mask is not None and not isinstance(mask, Tensor) and not callable(mask):
+            raise TypeError(f"mask: expected a tensor [B, S], a function or None, got {type(mask).__name__}.")
+        self._budget = parse_bytes(budget)
+        self._routers = gemma4.routers_by_layer(model)
+        self._model, self._mask, self._on_full = model, mask, on_full
+        self._record = tuple(kind for kind in KINDS if kind in record)
+        self.path = None if path is None else Path(path)
+        self._rank = process_rank() if rank is None else rank
+        self._owner = owns_the_decision(model)
+        self._segment_tokens, self._max_tokens = segment_tokens, max_tokens
+        first = next(iter(self._routers.values()))
+        self.layers = list(self._routers)
+        self.num_experts, self.top_k = first.proj.out_features, first.config.top_k_experts
+        self._meta = describe_model(model, self._routers) | dict(meta or {})
+        self._labels: Labels = {}
+        self._doc_ids: NDArray[np.int64] | None = None
+        self._store, self._given_store = store, store
+        self._pump: Pump | None = None
+        self._watch: Watch | None = None
+        self._hooks: list[Any] = []
+        self._captured = False
+        self.calls = 0  # forwards seen
+        self.tokens = 0  # recorded
+        self.dropped = 0  # tokens that were not recorded because the budget was full
+        self.label(**(labels or {}))
+
+    def __enter__(self) -> "Tracer":
+        if self._watch is not None:
+            raise RuntimeError("trace: this trace is open already; make another one with trace().")
+        if any(_HOOKED in router.__dict__ for router in self._routers.values()):
+            raise RuntimeError("trace: expected a model without an open trace; close the other one first.")
+        if self._given_store is None:
+            self._store = self._open_store()
+        self._numbering = Numbering(self._store.next_doc, end_tokens(self._model))
+        self._streams = Streams(Stream)
+        self._buffers = Buffers(list(self._routers.values()), self.num_experts, self.top_k, self._record)
+        self._buffers.reserve(self._max_tokens)
+        self._committed = time.monotonic()
+        self._pump = Pump(self._work, self._budget)
+        try:
+            self._watch = Watch(self._model, list(self._routers.values()), self._begin, self._end)
+        except ValueError:
+            self._pump.close()
+            self._store.close()
+            raise
+        stock = [router for router in self._routers.values() if not gemma4.is_accelerated(router)]
+        if stock:
+            logger.warning(
+                "trace: %d of %d routers are not accelerated, forward hooks record them, which is slower;"
+                " omnigene_fast.accelerate(model) records in the gate.",
+                len(stock),
+                len(self._routers),
+            )
+        for router in self._routers.values():
+            router.__dict__[_HOOKED] = True
+        self._hooks = [router.register_forward_hook(_record_by_hook) for router in stock]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close after an error, which matters more than what goes wrong here: that is only logged."""
+        try:
+            self._shut()
+        except Exception:
+            logger.exception("trace: closing failed too")
+
+    def close(self) -> None:
+        """Make everything durable and leave the model as it was.
+
+        Raises:
+            RuntimeError: nothing was recorded.
+            OSError, ValueError: what went wrong while writing.
+        """
+        if self._watch is None:
+            return
+        self._shut()
+        if not self.tokens and not self.dropped and self._owner:
+            raise RuntimeError(
+                f"trace: nothing was recorded in {self.calls} calls of the model; call the model that was given to"
+                " trace(), or the wrapper that compiled it, and leave some tokens unmasked."
+            )
+
+    def _shut(self) -> None:
+        if self._watch is None or self._pump is None:
+            return
+        self._watch.remove()
+        self._watch = None
+        for hook in self._hooks:
+            hook.remove()
+        for router in self._routers.values():
+            router.__dict__.pop(_HOOKED, None)
+        self._buffers.detach()
+        try:
+            self._pump.close()
+        finally:
+            self._store.close()
+
+    def label(self, *, doc_ids: Any = None, **labels: str | Sequence[str]) -> None:
+        """Label the calls that follow.
+
+        Args:
+            doc_ids: numbers of the documents, one per row [B], or one per token [B, S] where a row packs several
+                (negative: no document). The same number in several calls continues its document. None: automatic.
+            labels: name = text, or one text per row. They are added to those given before.
+        """
+        for name, value in labels.items():
+            check_name(name)
+            for text in (value,) if isinstance(value, str) else value:
+                check_text(text, f"labels: expected the value of {name!r}")
+        self._labels = dict(self._labels) | labels
+        if doc_ids is not None:
+            doc_ids = np.asarray(doc_ids.cpu() if isinstance(doc_ids, Tensor) else doc_ids)
+            if not np.issubdtype(doc_ids.dtype, np.integer) or doc_ids.ndim not in (1, 2):
+                raise ValueError(
+                    f"doc_ids: expected integers [B] or [B, S], got {doc_ids.dtype} of shape {list(doc_ids.shape)}."
+                )
+            doc_ids = doc_ids.astype(np.int64)
+        self._doc_ids = doc_ids
+
+    def step(self, **inputs: Any) -> None:
+        """Take the records of a forward that ran without Python, such as a replayed CUDA graph.
+
+        Args:
+            inputs: what the model would have been called with: input_ids, attention_mask, ...
+        """
+        from .calls import describe
+
+        self._end(describe(self._model, inputs), None, replayed=True)
+
+    def flush(self) -> None:
+        """Wait until every call so far is with the writer, and make it durable."""
+        if self._watch is not None and self._pump is not None:
+            self._pump.flush()
+            self._store.commit()
+
+    @property
+    def counts(self) -> NDArray[np.int32]:
+        """Picks [documents, layers, experts] so far, rows by rising document number."""
+        if self._watch is not None and self._pump is not None:
+            self._pump.flush()
+        counts: NDArray[np.int32] = self._store.snapshot()[1]
+        return counts
+
+    def verify(self) -> list[str]:
+        """Check the run on disk; the sentences that say what is wrong with it, none if it is sound.
+
+        Raises:
+            ValueError: a trace without a path.
+            RuntimeError: nothing was recorded.
+        """
+        from .run import open_trace
+
+        if self.path is None:
+            raise ValueError("verify: expected a trace with a path, got one that keeps its counts in memory.")
+        self.flush()
+        if not self.tokens:
+            raise RuntimeError(f"trace: nothing was recorded in {self.calls} calls of the model.")
+        return open_trace(self.path).verify()
+
+    # The model's thread.
+
+    def _begin(self, call: Call) -> None:
+        if self._buffers.reserve(call.rows) and self._captured:
+            raise RuntimeError(
+                f"trace: expected at most {self._buffers.tokens} tokens per call after a CUDA graph was captured, got"
+                f" {call.rows}; pass max_tokens= to trace()."
+            )
+        self._buffers.attach()
+
+    def _end(self, call: Call, output: Any, *, replayed: bool = False) -> None:
+        self._buffers.detach()
+        if output is None and not replayed:
+            return  # the forward raised
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self._captured = True
+            return
+        self.calls += 1
+        if not self._owner or self._pump is None:
+            return
+        stream = self._streams.of(call)
+        self._streams.follow(stream, output)
+        known = [valid_tokens(call), call.token, call.position, self._override(call)]
+        # The caller may write to its tensors again.
+        host = to_host([None if each is None else each.detach().clone() for each in known])
+        continues = bool(call.past)
+        phase = "train" if call.training else "decode" if continues and call.S == 1 else "prefill"
+        handover = _Handover(
+            stream,
+            (call.B, call.S),
+            continues,
+            PHASES.index(phase),
+            host,
+            self._doc_ids,
+            self._labels,
+            self._buffers.take(call.rows),
+        )
+        assert handover.taken is not None
+        size = handover.taken.nbytes + host.nbytes
+        if self._on_full != "block" and self._pump.full(size):
+            if self._on_full == "raise":
+                raise RuntimeError(
+                    f"trace: {self._budget:,} bytes wait for the writer, as many as budget allows; raise the budget, or"
+                    " pass on_full='block' or 'drop'."
+                )
+            handover.taken, size = None, 0  # positions go on
+        self._pump.put(handover, size)
+
+    def _override(self, call: Call) -> Tensor | None:
+        if self._mask is None:
+            return None
+        keep = self._mask if isinstance(self._mask, Tensor) else self._mask(call.inputs)
+        if not isinstance(keep, Tensor) or tuple(keep.shape) != (call.B, call.S):
+            got = list(keep.shape) if isinstance(keep, Tensor) else type(keep).__name__
+            raise ValueError(f"mask: expected [B, S] = [{call.B}, {call.S}], got {got}.")
+        return keep.bool()
+
+    # The background thread.
+
+    def _work(self, handover: _Handover) -> None:
+        valid, token, position, keep = handover.tokens.arrays()
+        tokens = self._numbering.assign(
+            handover.stream,
+            handover.shape,
+            valid if keep is None or valid is None else valid | keep,
+            token,
+            position,
+            handover.doc_ids,
+            continues=handover.continues,
+        )
+        rows = tokens.valid if keep is None else tokens.valid & keep
+        if handover.taken is None:
+            self.dropped += int(rows.sum())
+            return
+        if not rows.any():
+            return
+        flat = np.flatnonzero(rows)
+        ids, weights, stats = handover.taken.arrays()
+        self._check_written(ids)
+        every = len(flat) == ids.shape[1]
+        doc = tokens.doc.ravel()[flat]
+        records = Records(
+            doc,
+            tokens.pos.ravel()[flat],
+            np.full(len(flat), -1, np.int32) if token is None else token.ravel()[flat].astype(np.int32),
+            np.full(len(flat), handover.phase, np.uint8),
+            ids if every else ids[:, flat],
+            weights if every or weights is None else weights[:, flat],
+            stats if every or stats is None else stats[:, flat],
+        )
+        # Documents in the order of their rows, a document's first row for its label.
+        numbers, first = np.unique(doc, return_index=True)
+        row = tokens.row.ravel()[flat]
+        labels = {
+            number: _row_labels(handover, int(row[at])) for number, at in zip(numbers.tolist(), first, strict=True)
+        }
+        begun = numbers[records.pos[first] == 0].tolist() if token is not None else []
+        self._store.add(records, labels, {number: text_hash(records.token[doc == number]) for number in begun})
+        self.tokens += len(flat)
+        if time.monotonic() - self._committed > COMMIT_SECONDS:
+            self._store.commit()
+            self._committed = time.monotonic()
+
+    def _check_written(self, ids: NDArray[Any]) -> None:
+        silent = (ids == unused(self.num_experts)).any((1, 2))
+        if silent.any():
+            raise RuntimeError(
+                f"trace: the router of layer {self.layers[int(silent.argmax())]} did not write all its tokens; do not"
+                " accelerate, restore or compile the model while a trace is open."
+            )
+
+    def _open_store(self) -> Any:
+        if self.path is None or not self._owner:
+            return Memory(len(self.layers), self.num_experts)
+        from .store import Writer
+
+        return Writer(
+            self.path,
+            self._meta | {"layers": self.layers, "num_experts": self.num_experts, "top_k": self.top_k},
+            record=self._record,
+            rank=self._rank,
+            segment_tokens=self._segment_tokens,
+        )
+
+
+_HOOKED = "_omnigene_fast_traced"  # instance attribute of a router that an open trace watches
+
+
+def _record_by_hook(router: Any, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Forward hook of a router that is not accelerated: writes what a gate would have written."""
+    buffers = router.__dict__.get(gemma4.TRACE)
+    if buffers is None or gemma4.is_accelerated(router):
+        return
+    probabilities, weights, index = (each.detach().flatten(0, -2) for each in output)
+    reference.record(reference.as_probabilities(probabilities), weights, index, *buffers)
+
+
+def _row_labels(handover: _Handover, row: int) -> dict[str, str]:
+    found = {}
+    for name, value in handover.labels.items():
+        if not isinstance(value, str) and len(value) != handover.shape[0]:
+            raise ValueError(
+                f"labels: expected one {name!r} per row of the call, {handover.shape[0]}, got {len(value)};"
+                " call label() again when the batch changes."
+            )
+        found[name] = value if isinstance(value, str) else value[row]
+    return found

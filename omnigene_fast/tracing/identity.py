@@ -1,0 +1,138 @@
+"""Which document each token of a call belongs to, and where in it it stands."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass
+class Stream:
+    """The sequences of a cache: row b continues document `docs[b]` behind `lengths[b]` tokens."""
+
+    docs: NDArray[np.int64] | None = None
+    lengths: NDArray[np.int64] | None = None
+    finished: NDArray[np.bool_] | None = None  # rows that have ended while the batch goes on
+
+
+@dataclass
+class Tokens:
+    """The identity of the tokens of a call, [B, S] each."""
+
+    doc: NDArray[np.int64]
+    pos: NDArray[np.int32]
+    valid: NDArray[np.bool_]  # no padding, and of a document
+    row: NDArray[np.int64] = field(repr=False)  # of the batch
+
+
+class Numbering:
+    """Numbers documents and the tokens in them, call after call.
+
+    Every row of a call is a document of its own, unless it continues a cached one, or packs several (its positions
+    begin anew, or the caller numbers its tokens). Positions count the tokens of a document from 0, padding left out.
+    """
+
+    def __init__(self, first: int, eos: tuple[int, ...] = ()) -> None:
+        self.next = first
+        self._eos = np.array(eos, np.int64)
+        self._lengths: dict[int, int] = {}  # of the documents that the caller has numbered
+
+    def assign(
+        self,
+        stream: Stream,
+        shape: tuple[int, int],
+        valid: NDArray[np.bool_] | None,
+        token: NDArray[Any] | None,
+        position: NDArray[Any] | None,
+        doc_ids: NDArray[np.int64] | None,
+        *,
+        continues: bool,
+    ) -> Tokens:
+        """Identify the tokens of one call.
+
+        Args:
+            stream: state of the cached sequences, updated.
+            shape: B, S.
+            valid: [B, S], padding False; None for all.
+            token: [B, S] token ids or None.
+            position: [B or 1, S] position ids or None.
+            doc_ids: the caller's numbers, [B] or [B, S] (negative: no document), or None.
+            continues: the call goes on with cached sequences.
+
+        Raises:
+            ValueError: `doc_ids` of another shape.
+        """
+        B, S = shape
+        valid = np.ones(shape, bool) if valid is None else valid.copy()
+        if continues and stream.docs is not None and len(stream.docs) != B:
+            continues = False
+        if not continues:
+            stream.finished = np.zeros(B, bool)
+        elif S == 1 and B > 1 and token is not None and self._eos.size and stream.finished is not None:
+            # `generate` feeds finished rows until the last is done: alone they would have ended.
+            stream.finished |= np.isin(token[:, 0], self._eos)
+            valid &= ~stream.finished[:, None]
+        row = np.repeat(np.arange(B), S).reshape(shape)
+        if doc_ids is not None:
+            return self._by_caller(doc_ids, valid, row)
+        segment = None if continues or position is None else _segments(position, valid)
+        if segment is not None:
+            doc = self._number(segment + np.arange(B)[:, None] * S)
+            return Tokens(doc, _rank(doc, valid), valid, row)
+        if not continues or stream.docs is None or stream.lengths is None:
+            stream.docs = np.arange(self.next, self.next + B)
+            stream.lengths = np.zeros(B, np.int64)
+            self.next += B
+        doc = np.broadcast_to(stream.docs[:, None], shape)
+        pos = stream.lengths[:, None] + np.cumsum(valid, 1) - 1
+        stream.lengths = stream.lengths + valid.sum(1)
+        return Tokens(doc, pos.astype(np.int32), valid, row)
+
+    def _by_caller(self, doc_ids: NDArray[np.int64], valid: NDArray[np.bool_], row: NDArray[np.int64]) -> Tokens:
+        B, S = valid.shape
+        if doc_ids.shape not in ((B,), (B, S)):
+            raise ValueError(
+                f"doc_ids: expected one per row [{B}] or one per token [{B}, {S}] of the call, got shape"
+                f" {list(doc_ids.shape)}; call label() again when the batch changes."
+            )
+        doc = np.broadcast_to(doc_ids[:, None] if doc_ids.ndim == 1 else doc_ids, valid.shape)
+        valid = valid & (doc >= 0)
+        pos = _rank(doc, valid)
+        for number in np.unique(doc[valid]).tolist():
+            of = valid & (doc == number)
+            before = self._lengths.get(number, 0)
+            pos[of] += before
+            self._lengths[number] = before + int(of.sum())
+        if valid.any():
+            self.next = max(self.next, int(doc[valid].max()) + 1)
+        return Tokens(doc, pos, valid, row)
+
+    def _number(self, key: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Keys as consecutive new document numbers, in rising order."""
+        keys, inverse = np.unique(key, return_inverse=True)
+        doc = self.next + inverse.reshape(key.shape)
+        self.next += len(keys)
+        return doc
+
+
+def _segments(position: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+    """Numbers [B, S] of the packed sequences in each row, or None if no row packs any: positions begin anew at 0."""
+    if position.ndim != 2:  # more axes are those of images
+        return None
+    begins = valid & (np.broadcast_to(position, valid.shape) == 0)
+    if not (begins.sum(1) > 1).any():
+        return None
+    return np.maximum(np.cumsum(begins, 1) - 1, 0)
+
+
+def _rank(doc: NDArray[np.int64], valid: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """How many valid tokens of its document stand before each one, in reading order."""
+    flat, keep = np.ascontiguousarray(doc).ravel(), valid.ravel()
+    order = np.argsort(flat[keep], kind="stable")
+    ordered = flat[keep][order]
+    rank = np.zeros(len(ordered), np.int32)
+    rank[order] = np.arange(len(ordered)) - np.searchsorted(ordered, ordered, side="left")
+    out = np.zeros(flat.shape, np.int32)
+    out[keep] = rank
+    return out.reshape(doc.shape)
