@@ -13,7 +13,12 @@ module of its own (`launch_topk_gate_fwd`).
 | index         | [T, K] | int64           | expert ids by falling probability; equal ones by rising id             |
 
 A token whose logits hold a NaN or +Inf gets NaN weights and the ids 0..K-1: valid and distinct.
+
+A trace is written where the decision is made, by the same launch: `TraceBuffers`, row t for token t, no other row.
+Without one the pointers are None, a compile-time constant: the kernel is the one without the stores.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +29,12 @@ from torch import Tensor
 from .arithmetic import dot, round_to
 from .tiles import MAX_FUSED_EXPERTS, RouteTile, route_tile
 
+if TYPE_CHECKING:
+    from ..backends import TraceBuffers
+
 FUSED_BELOW = 256  # tokens; from here the projection fills the GPU as a GEMM of its own
+# A trace may begin at any row of a larger buffer, and its alignment must not decide which kernel is compiled.
+_TRACE = ("trace_ids_ptr", "trace_weights_ptr", "trace_stats_ptr")
 
 
 @triton.jit
@@ -50,6 +60,9 @@ def _select_and_store(
     probabilities_ptr,
     weights_ptr,
     index_ptr,
+    trace_ids_ptr,
+    trace_weights_ptr,
+    trace_stats_ptr,
     T,
     E,
     top_k,
@@ -64,12 +77,18 @@ def _select_and_store(
     expert = tl.arange(0, BLOCK_E)[None, :]
     real = expert < E
     logits = tl.where(real, logits, float("-inf"))
-    exponential = tl.exp(logits - tl.max(logits, 1)[:, None])
-    exponential = tl.where(real, exponential, 0.0)
-    probability = exponential / tl.sum(exponential, 1)[:, None]
+    below = logits - tl.max(logits, 1)[:, None]
+    exponential = tl.where(real, tl.exp(below), 0.0)
+    total = tl.sum(exponential, 1)[:, None]
+    probability = exponential / total
     row = token.to(tl.int64)[:, None]
     inside = token[:, None] < T
     tl.store(probabilities_ptr + row * E + expert, probability, mask=inside & real)
+
+    if trace_stats_ptr is not None:
+        # ln p = below - ln total, so one logarithm serves all experts; where p is 0, `below` may be -Inf.
+        inner = tl.sum(probability * tl.where(probability > 0.0, below, 0.0), 1)[:, None]
+        entropy = tl.log(total) - inner
 
     bits = tl.where(probability == probability, probability.to(tl.int32, bitcast=True), 0)
     key = (bits.to(tl.int64) << 32) | (E - 1 - expert).to(tl.int64)
@@ -85,12 +104,28 @@ def _select_and_store(
     index = (E - 1) - (best & 0x7FFFFFFF)
     value = tl.where(chosen, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True), 0.0)
     expert_scale = tl.load(expert_scale_ptr + index, mask=chosen, other=0.0).to(tl.float32)
-    weight = value / tl.sum(value, 1)[:, None] * expert_scale
+    mass = tl.sum(value, 1)[:, None]
+    weight = value / mass * expert_scale
     tl.store(weights_ptr + row * top_k + slot, weight, mask=inside & chosen)
     tl.store(index_ptr + row * top_k + slot, index, mask=inside & chosen)
 
+    if trace_ids_ptr is not None:
+        trace_id = index.to(trace_ids_ptr.dtype.element_ty)
+        tl.store(trace_ids_ptr + row * top_k + slot, trace_id, mask=inside & chosen)
+    if trace_weights_ptr is not None:
+        tl.store(trace_weights_ptr + row * top_k + slot, round_to(weight, tl.float16), mask=inside & chosen)
+    if trace_stats_ptr is not None:
+        last = tl.sum(tl.where(slot == top_k - 1, value, 0.0), 1)[:, None]
+        # No key is left, only -1, where all experts were chosen.
+        following = tl.maximum(tl.max(key, 1), 0)[:, None]
+        margin = last - (following >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        stat = tl.arange(0, 4)[None, :]
+        stats = tl.where(stat == 0, entropy, tl.where(stat == 1, mass, margin))
+        stats = tl.where(total == total, stats, float("nan"))
+        tl.store(trace_stats_ptr + row * 3 + stat, round_to(stats, tl.float16), mask=inside & (stat < 3))
 
-@triton.jit
+
+@triton.jit(do_not_specialize_on_alignment=_TRACE)
 def _route_fwd_kernel(
     hidden_ptr,
     proj_ptr,
@@ -99,6 +134,9 @@ def _route_fwd_kernel(
     probabilities_ptr,
     weights_ptr,
     index_ptr,
+    trace_ids_ptr,
+    trace_weights_ptr,
+    trace_stats_ptr,
     T,
     H,
     E,
@@ -126,6 +164,9 @@ def _route_fwd_kernel(
     probabilities_ptr  [T, E] fp32, written
     weights_ptr        [T, K] fp32, written
     index_ptr          [T, K] int64, written
+    trace_ids_ptr      [T, K] uint8 or int16, written; None: no trace
+    trace_weights_ptr  [T, K] fp16, written; or None
+    trace_stats_ptr    [T, 3] fp16, written: entropy in nats, mass of the chosen, p_K - p_(K+1); or None
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = token < T
@@ -166,7 +207,20 @@ def _route_fwd_kernel(
     if NUMERICS == "fp32_split":
         logits = (logits + low) * (reciprocal * root)
     _select_and_store(
-        logits, token, expert_scale_ptr, probabilities_ptr, weights_ptr, index_ptr, T, E, top_k, BLOCK_E, BLOCK_K
+        logits,
+        token,
+        expert_scale_ptr,
+        probabilities_ptr,
+        weights_ptr,
+        index_ptr,
+        trace_ids_ptr,
+        trace_weights_ptr,
+        trace_stats_ptr,
+        T,
+        E,
+        top_k,
+        BLOCK_E,
+        BLOCK_K,
     )
 
 
@@ -206,13 +260,16 @@ def _norm_scale_fwd_kernel(
         tl.store(out_ptr + start + h, out, mask=h < H - start)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_TRACE)
 def _topk_gate_fwd_kernel(
     logits_ptr,
     expert_scale_ptr,
     probabilities_ptr,
     weights_ptr,
     index_ptr,
+    trace_ids_ptr,
+    trace_weights_ptr,
+    trace_stats_ptr,
     T,
     E,
     top_k,
@@ -228,6 +285,9 @@ def _topk_gate_fwd_kernel(
     probabilities_ptr  [T, E] fp32, written
     weights_ptr        [T, K] fp32, written
     index_ptr          [T, K] int64, written
+    trace_ids_ptr      [T, K] uint8 or int16, written; None: no trace
+    trace_weights_ptr  [T, K] fp16, written; or None
+    trace_stats_ptr    [T, 3] fp16, written: entropy in nats, mass of the chosen, p_K - p_(K+1); or None
     """
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
@@ -237,7 +297,20 @@ def _topk_gate_fwd_kernel(
         other=0.0,
     ).to(tl.float32)
     _select_and_store(
-        logits, token, expert_scale_ptr, probabilities_ptr, weights_ptr, index_ptr, T, E, top_k, BLOCK_E, BLOCK_K
+        logits,
+        token,
+        expert_scale_ptr,
+        probabilities_ptr,
+        weights_ptr,
+        index_ptr,
+        trace_ids_ptr,
+        trace_weights_ptr,
+        trace_stats_ptr,
+        T,
+        E,
+        top_k,
+        BLOCK_E,
+        BLOCK_K,
     )
 
 
@@ -251,10 +324,11 @@ def launch_route_fwd(
     numerics: str,
     arch: int,
     tile: RouteTile | None = None,
+    trace: "TraceBuffers | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Router of `reference.route`: probabilities [T, E] fp32, weights [T, K] fp32, index [T, K] int64.
 
-    A `tile` forces the fused kernel; otherwise the number of tokens decides.
+    A `tile` forces the fused kernel; otherwise the number of tokens decides. The first T rows of `trace` are written.
     """
     T, H = hidden.shape
     E = proj_weight.shape[0]
@@ -262,7 +336,7 @@ def launch_route_fwd(
     split = numerics == "fp32" and hidden.dtype == torch.bfloat16
     if tile is None and (E > MAX_FUSED_EXPERTS or (T >= FUSED_BELOW and not split)):
         projected = _project(hidden, proj_weight, scale, eps, numerics)
-        return launch_topk_gate_fwd(projected, per_expert_scale, top_k)
+        return launch_topk_gate_fwd(projected, per_expert_scale, top_k, trace)
     widened = hidden.dtype == torch.float32 or (numerics == "fp32" and not split)
     tile = tile or route_tile(T, E, hidden.dtype, widened, arch)
     outputs = _outputs(hidden, E, top_k)
@@ -274,6 +348,7 @@ def launch_route_fwd(
         scale,
         per_expert_scale,
         *outputs,
+        *(trace or (None, None, None)),
         T,
         H,
         E,
@@ -293,7 +368,9 @@ def launch_route_fwd(
     return outputs
 
 
-def launch_topk_gate_fwd(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def launch_topk_gate_fwd(
+    logits: Tensor, per_expert_scale: Tensor, top_k: int, trace: "TraceBuffers | None" = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """What follows the projection, `reference.topk_gate`: probabilities, weights, index as `launch_route_fwd`."""
     T, E = logits.shape
     logits, per_expert_scale = last_contiguous(logits), last_contiguous(per_expert_scale)
@@ -306,6 +383,7 @@ def launch_topk_gate_fwd(logits: Tensor, per_expert_scale: Tensor, top_k: int) -
         logits,
         per_expert_scale,
         *outputs,
+        *(trace or (None, None, None)),
         T,
         E,
         top_k,

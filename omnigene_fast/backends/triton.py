@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import Lora
+from . import Lora, TraceBuffers
 
 if TYPE_CHECKING:
     from ..kernels.lora import LoraFactors
@@ -57,22 +57,25 @@ def route(
     top_k: int,
     eps: float,
     numerics: str,
+    trace: TraceBuffers | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`omnigene_fast.ops.route` on validated arguments."""
     from ..kernels.gate import launch_route_fwd
 
     with _on(hidden.device):
         return launch_route_fwd(
-            hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, _arch(hidden.device)
+            hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, _arch(hidden.device), trace=trace
         )
 
 
-def topk_gate(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def topk_gate(
+    logits: Tensor, per_expert_scale: Tensor, top_k: int, trace: TraceBuffers | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`omnigene_fast.ops.topk_gate` on validated arguments."""
     from ..kernels.gate import launch_topk_gate_fwd
 
     with _on(logits.device):
-        return launch_topk_gate_fwd(logits, per_expert_scale, top_k)
+        return launch_topk_gate_fwd(logits, per_expert_scale, top_k, trace)
 
 
 def topk_gate_bwd(

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from omnigene_fast.backends import TraceBuffers
 from omnigene_fast.kernels import tiles
 from omnigene_fast.kernels.combine import launch_combine_fwd
 from omnigene_fast.kernels.dispatch import launch_dispatch_fwd
@@ -49,6 +50,8 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -72,6 +75,7 @@ class Recorder:
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name], divisible = POINTERS[value.dtype], self.context.get("aligned", True)
+                divisible = divisible and not fn.params[position].do_not_specialize_on_alignment
             elif isinstance(value, float):
                 signature[name] = "fp32"
             elif value == 1:
@@ -115,6 +119,13 @@ def record(arch: int) -> list[dict]:
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _trace(tokens: int, experts: int, only_ids: bool = False, top_k: int = K) -> TraceBuffers:
+    ids = _meta(tokens, top_k, dtype=torch.uint8 if experts <= 255 else torch.int16)
+    if only_ids:
+        return TraceBuffers(ids)
+    return TraceBuffers(ids, _meta(tokens, top_k, dtype=torch.float16), _meta(tokens, 3, dtype=torch.float16))
 
 
 class Experts:
@@ -250,13 +261,14 @@ def _record_ones(recorder: Recorder, arch: int) -> None:
     launch_lora_rhs_bwd(one, low, factors, dispatch, choice, gather=True)
     launch_route_fwd(one, one, _meta(1), _meta(1), 1, 1e-6, "hf", arch)
     launch_topk_gate_fwd(one, _meta(1), 1)
+    launch_topk_gate_fwd(one, _meta(1), 1, _trace(1, 1, top_k=1))
     wide = _meta(1, 1, dtype=torch.float32)
     launch_topk_gate_bwd(wide, wide, wide, _meta(1, 1, dtype=torch.int64), _meta(1), True)
     launch_route_bwd(wide, one, one, _meta(1), 1e-6, (True, True, True))
 
 
 def _record_router(recorder: Recorder, arch: int) -> None:
-    def route(dtype, numerics, tokens, tile=None, experts=E, h=H):
+    def route(dtype, numerics, tokens, tile=None, experts=E, h=H, trace=None):
         launch_route_fwd(
             _meta(tokens, h, dtype=dtype),
             _meta(experts, h, dtype=dtype),
@@ -267,6 +279,7 @@ def _record_router(recorder: Recorder, arch: int) -> None:
             numerics,
             arch,
             tile,
+            trace,
         )
 
     for dtype, numerics, tile in tiles.all_route_tiles(E, arch):
@@ -275,15 +288,28 @@ def _record_router(recorder: Recorder, arch: int) -> None:
             "half": dtype == torch.bfloat16,
         }
         route(dtype, numerics, 32, tile)
+        recorder.context["what"] += " traced"
+        route(dtype, numerics, 32, tile, trace=_trace(32, E))
     for experts in (200, 257):
         recorder.context = {"what": f"bfloat16 hf E={experts} odd", "aligned": False}
         route(torch.bfloat16, "hf", 32, experts=experts, h=H - 1)
+        recorder.context["what"] += " traced"
+        route(torch.bfloat16, "hf", 32, experts=experts, h=H - 1, trace=_trace(32, experts))
+    for experts in (E, 257):
+        recorder.context = {"what": f"bfloat16 hf E={experts} traced ids"}
+        route(torch.bfloat16, "hf", 32, experts=experts, trace=_trace(32, experts, only_ids=True))
     recorder.context = {"what": "bfloat16 hf T=1024"}
     route(torch.bfloat16, "hf", 1024)
     recorder.context = {"what": "float16 fp32 T=1024"}
     route(torch.float16, "fp32", 1024)
-    recorder.context = {"what": "bfloat16 E=257 K=8"}
-    launch_topk_gate_fwd(_meta(512, 257), _meta(257), K)
+    for experts in (E, 257):
+        logits = _meta(512, experts), _meta(experts), K
+        recorder.context = {"what": f"bfloat16 E={experts} K=8"}
+        launch_topk_gate_fwd(*logits)
+        recorder.context["what"] += " traced"
+        launch_topk_gate_fwd(*logits, _trace(512, experts))
+        recorder.context = {"what": f"bfloat16 E={experts} K=8 traced ids"}
+        launch_topk_gate_fwd(*logits, _trace(512, experts, only_ids=True))
     for experts, both in ((E, True), (E, False), (257, True)):
         recorder.context = {"what": f"E={experts}{' with probabilities, scale' if both else ''}"}
         grad, wide = (_meta(512, n, dtype=torch.float32) for n in (K, experts))
@@ -314,7 +340,7 @@ def build(job: dict) -> dict:
             [tools / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True, check=True
         ).stdout
     fields = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    constants = job["constants"]
+    constants, signature = job["constants"], job["signature"]
     blocks = "x".join(str(constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in constants)
     return {
         "arch": job["arch"],
@@ -333,6 +359,10 @@ def build(job: dict) -> dict:
         "gemm_rows": constants.get("BLOCK_M", constants.get("BLOCK_T", 0)) if job.get("half") else 0,
         "pipeline_copies": _pipeline_copies(job),
         "wide_copies": len(re.findall(r"cp\.async\.\w+\.shared\.global[^\n]* 0x10,", ptx)),
+        # Triton appends two pointers of its own, to scratch memory.
+        "parameters": re.search(r"\.entry \w+\((.*?)\)", ptx, re.DOTALL)[1].count(".param ") - 2,
+        "trace": [kind for name, kind in signature.items() if name.startswith("trace_") and kind != "constexpr"],
+        "narrow_stores": len(re.findall(r"st\.global\.\w*(?:b8|b16)\b", ptx)),
         "narrow_products": len(re.findall(r"arith\.muli .*: tensor<[0-9x]*xi32>", compiled.asm["ttir"])),
         "cubin_bytes": len(cubin),
     }
@@ -370,7 +400,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows))
         return
-    hidden = ("aligned", "gemm_rows", "shared_limit", "pipeline_copies")
+    hidden = ("aligned", "gemm_rows", "shared_limit", "pipeline_copies", "parameters", "trace", "narrow_stores")
     columns = [name for name in rows[0] if name not in hidden]
     widths = [max(len(str(row[name])) for row in [*rows, {name: name}]) for name in columns]
     for row in [dict(zip(columns, columns, strict=True)), *rows]:

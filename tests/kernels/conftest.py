@@ -17,6 +17,8 @@ LAUNCHING = [
     "test_expert_forward.py",
     "test_gate.py",
     "test_gate_backward.py",
+    "test_gate_trace.py",
+    "test_trace_model.py",
 ]
 
 collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else LAUNCHING

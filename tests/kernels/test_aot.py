@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_float32_is_never_multiplied_in_tf32(rows):
 def test_offsets_are_multiplied_in_64_bits(rows):
     """Known bug: row * stride passes 2^31 near 95,000 tokens. Dispatch multiplies nothing larger than T * K."""
     assert not offenders(rows, lambda row: row["kernel"] != "dispatch_fwd" and row["narrow_products"])
+
+
+def test_a_trace_that_is_not_open_costs_nothing(rows):
+    """A pointer that is None is no parameter, and nothing is stored through it: the other outputs are 4 or 8 bytes."""
+    arguments = {"route_fwd": 15, "topk_gate_fwd": 9}
+    gates = [row for row in rows if row["kernel"] in arguments and row["what"] != "all sizes 1"]
+    traces = [(), ("*u8",), ("*u8", "*fp16", "*fp16"), ("*i16",), ("*i16", "*fp16", "*fp16")]
+    compiled = {(row["arch"], row["kernel"], tuple(row["trace"])) for row in gates}
+    assert compiled == set(product((80, 90, 100), arguments, traces))
+    assert not offenders(gates, lambda row: row["parameters"] != arguments[row["kernel"]] + len(row["trace"]))
+    assert not offenders(gates, lambda row: bool(row["narrow_stores"]) != bool(row["trace"]))
 
 
 def test_no_binary_is_bloated(rows):

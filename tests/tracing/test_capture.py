@@ -69,10 +69,10 @@ def assert_recorded(path, forwards, keeps):
     assert found.keys() == expected.keys()
     for identity, (ids, weights, stats) in found.items():
         index, half, probabilities = expected[identity]
-        assert np.array_equal(ids, index.numpy()), identity
-        assert np.array_equal(weights, half.numpy()), identity
+        assert np.array_equal(ids, index.cpu().numpy()), identity
+        assert np.array_equal(weights, half.cpu().numpy()), identity
         entropy = torch.special.entr(probabilities.double()).sum(-1)
-        assert np.abs(stats[:, STATISTICS.index("entropy")] - entropy.numpy()).max() < 3e-3
+        assert np.abs(stats[:, STATISTICS.index("entropy")] - entropy.cpu().numpy()).max() < 3e-3
     counts = np.zeros_like(run.counts)
     for (doc, _), (index, _, _) in expected.items():
         at = run.documents["doc_id"].tolist().index(doc)
