@@ -67,7 +67,9 @@ class Replay:
                 f" {recorded[0]}, {recorded[1]} experts and top-{recorded[2]}."
             )
         if "ids" not in self._run.record:
-            raise ValueError(f"run: expected one that was recorded with 'ids', got {', '.join(self._run.record)}.")
+            raise ValueError(
+                f"run: expected one that was recorded with 'ids', got {', '.join(self._run.record) or 'nothing'}."
+            )
         self._model, self._missing = model, missing
         self._doc_ids: NDArray[np.int64] | None = None
         self._watch: Watch | None = None
