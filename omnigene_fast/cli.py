@@ -37,17 +37,19 @@ def main() -> None:
 
 
 @main.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path))
 @sentence
-def info() -> None:
-    """Device, backends, versions, and what each missing piece would need.
+def info(run: Path | None) -> None:
+    """Device, backends, versions, and what each missing piece would need; or what RUN, a trace, holds.
 
     \b
     Example:
       omnigene-fast info
+      omnigene-fast info runs/base
     """
     from . import info as information
 
-    click.echo(information.report())
+    click.echo(information.report() if run is None else information.trace_report(run))
 
 
 @main.command()
@@ -69,8 +71,8 @@ def demo(path: str | None, device: str, threads: int | None, true_shape: bool, t
     """
     from .demo import run
 
-    chosen = _device(device)
-    _threads(threads)
+    chosen = parse_device(device)
+    set_threads(threads)
     run(chosen, Path(path) if path else None, true_shape=true_shape, train=train)
 
 
@@ -127,17 +129,17 @@ def bench(
     from .bench import plot, report, runner
     from .bench.workloads import Shape
 
-    torch_device = _device(device)
-    _threads(threads)
+    torch_device = parse_device(device)
+    set_threads(threads)
     groups = {"forward": runner.FORWARD_OPS, "training": runner.TRAINING_OPS}
     settings = runner.Settings(
-        ops=tuple(op for word in _words(ops, runner.OPS) for op in groups.get(word, (word,))),
+        ops=tuple(op for word in words(ops, runner.OPS) for op in groups.get(word, (word,))),
         tokens=_numbers("tokens", tokens, (1, 16, 256) if quick else runner.TOKENS),
-        modes=_words(modes, ("uniform", "protein") if quick else runner.MODES),
+        modes=words(modes, ("uniform", "protein") if quick else runner.MODES),
         training_tokens=_numbers("tokens", tokens, (16,) if quick else runner.TRAINING_TOKENS),
-        training_modes=_words(modes, ("uniform",) if quick else runner.TRAINING_MODES),
-        providers=_words(providers, runner.NAMES),
-        dtype=_dtype(dtype),
+        training_modes=words(modes, ("uniform",) if quick else runner.TRAINING_MODES),
+        providers=words(providers, runner.NAMES),
+        dtype=dtype_of(dtype),
         device=torch_device,
         shape=Shape(*_numbers("shape", shape, (2816, 704, 128, 8), count=4)),
         backend=backend,
@@ -171,7 +173,7 @@ def bench(
         click.echo(f"\nrows: {out}\nplot: none, matplotlib is not installed (pip install 'omnigene-fast[bench]')")
 
 
-def _device(name: str) -> Any:
+def parse_device(name: str) -> Any:
     import torch
 
     if name == "auto":
@@ -187,26 +189,29 @@ def _device(name: str) -> Any:
     return device
 
 
-def _dtype(name: str) -> Any:
+def dtype_of(name: str) -> Any:
     import torch
 
     return getattr(torch, name)
 
 
-def _threads(count: int | None) -> None:
+def set_threads(count: int | None) -> None:
     import torch
 
     if count is not None:
         torch.set_num_threads(count)
 
 
-def _words(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+def words(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
     return default if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def _numbers(option: str, text: str | None, default: tuple[int, ...], count: int | None = None) -> tuple[int, ...]:
-    words = _words(text, tuple(str(number) for number in default))
-    if not all(word.isascii() and word.isdigit() for word in words) or (count is not None and len(words) != count):
+    found = words(text, tuple(str(number) for number in default))
+    if not all(word.isascii() and word.isdigit() for word in found) or (count is not None and len(found) != count):
         wanted = f"{count} comma-separated integers" if count else "comma-separated integers"
         raise ValueError(f"--{option}: expected {wanted}, got {text!r}.")
-    return tuple(int(word) for word in words)
+    return tuple(int(word) for word in found)
+
+
+from . import cli_trace  # noqa: E402, F401  (adds the verbs of router traces to `main`)

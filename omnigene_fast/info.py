@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import re
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ PACKAGES = (
     "bitsandbytes",
     "pytest-benchmark",
     "matplotlib",
+    "pyarrow",
+    "duckdb",
+    "pandas",
+    "plotly",
+    "scipy",
 )
 VARIABLES = ("OMNIGENE_FAST_CPU_ISA", "OMNIGENE_FAST_CHECK_IDS", "TRITON_INTERPRET")
 
@@ -36,10 +42,56 @@ def report() -> str:
         "",
         *_section("device", [("cpu", f"{cpu_name()}, {_threads()}"), ("memory", _memory()), ("gpu", _gpu())]),
         *_section("backends", [(name, _backend(name)) for name in ("cpu", "triton", "reference")]),
+        *_section("traces", [("browser", _browser())]),
         *_section("versions", [("python", platform.python_version()), *((n, _package(n)) for n in PACKAGES[1:])]),
         *_section("environment", [(name, os.environ.get(name, "not set")) for name in VARIABLES]),
     ]
     return "\n".join(lines).rstrip()
+
+
+def trace_report(path: Path) -> str:
+    """The text of `omnigene-fast info RUN`: what a router trace holds."""
+    from .tracing.run import open_trace
+
+    run = open_trace(path)
+    documents = run.documents
+    labels = [name for name in documents.columns if name not in ("doc_id", "n_tokens", "text_hash")]
+    shape = f"{len(run.layers)} ({_ranges(run.layers)}), {run.num_experts} experts, top-{run.top_k}"
+    size = sum(segment.part.size + segment.docs.size for segment in run.segments)
+    known = ("model", "model_class", "config_hash", "dtype", "quantization", "numerics", "tokenizer", "created")
+    lines = [
+        f"router trace {path}",
+        "",
+        *_section(
+            "run",
+            [
+                ("tokens", f"{int(documents['n_tokens'].sum()):,}"),
+                ("documents", f"{len(documents):,}"),
+                ("layers", shape),
+                ("kept", ", ".join(("counts", *run.record))),
+                ("files", f"{len(run.segments)} segments, {size / 1e6:,.1f} MB"),
+            ],
+        ),
+        *_section("origin", [(name, str(run.meta[name])) for name in known if run.meta.get(name) is not None]),
+    ]
+    for name in labels:
+        tokens = documents.groupby(documents[name].fillna("(none)"))["n_tokens"].agg(["size", "sum"])
+        rows = [
+            (str(value), f"{row['size']:>7,} documents {row['sum']:>11,} tokens") for value, row in tokens.iterrows()
+        ]
+        lines += _section(f"label {name}", rows[:40] + ([("...", f"{len(rows) - 40} more")] if len(rows) > 40 else []))
+    return "\n".join(lines).rstrip()
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising integers in short: 0-29, or 1-3, 5."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def environment(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> dict[str, Any]:
@@ -115,6 +167,16 @@ def _section(title: str, rows: list[tuple[str, str]]) -> list[str]:
 
 def _package(name: str) -> str:
     return package_version(name) or f"not installed (pip install {name})"
+
+
+def browser() -> str | None:
+    """Path of a Chromium that can show a report without a screen; only the tests need one."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def _browser() -> str:
+    return browser() or "none found: the test that opens a report in one is skipped (apt-get install chromium)"
 
 
 def _threads() -> str:

@@ -33,7 +33,7 @@ COMMIT_SECONDS = 60.0  # after which even a small segment is made durable
 logger = logging.getLogger("omnigene_fast")
 
 Mask = Tensor | Callable[[Mapping[str, Any]], Tensor]
-Labels = Mapping[str, str | Sequence[str]]
+Labels = Mapping[str, str | Sequence[str | None]]
 
 
 def trace(
@@ -242,18 +242,19 @@ class Tracer:
         finally:
             self._store.close()
 
-    def label(self, *, doc_ids: Any = None, **labels: str | Sequence[str]) -> None:
+    def label(self, *, doc_ids: Any = None, **labels: str | Sequence[str | None]) -> None:
         """Label the calls that follow.
 
         Args:
             doc_ids: numbers of the documents, one per row [B], or one per token [B, S] where a row packs several
                 (negative: no document). The same number in several calls continues its document. None: automatic.
-            labels: name = text, or one text per row. They are added to those given before.
+            labels: name = text, or one text per row, None for no label. They are added to those given before.
         """
         for name, value in labels.items():
             check_name(name)
             for text in (value,) if isinstance(value, str) else value:
-                check_text(text, f"labels: expected the value of {name!r}")
+                if text is not None:
+                    check_text(text, f"labels: expected the value of {name!r}")
         self._labels = dict(self._labels) | labels
         if doc_ids is not None:
             doc_ids = np.asarray(doc_ids.cpu() if isinstance(doc_ids, Tensor) else doc_ids)
@@ -287,6 +288,13 @@ class Tracer:
             self._pump.flush()
         counts: NDArray[np.int32] = self._store.snapshot()[1]
         return counts
+
+    def recorded_documents(self) -> dict[int, int]:
+        """Tokens per document number of all that the run holds, from earlier sessions too."""
+        if self._watch is not None and self._pump is not None:
+            self._pump.flush()
+        found: dict[int, int] = self._store.documents()
+        return found
 
     def verify(self) -> list[str]:
         """Check the run on disk; the sentences that say what is wrong with it, none if it is sound.
@@ -449,5 +457,7 @@ def _row_labels(handover: _Handover, row: int) -> dict[str, str]:
                 f"labels: expected one {name!r} per row of the call, {handover.shape[0]}, got {len(value)};"
                 " call label() again when the batch changes."
             )
-        found[name] = value if isinstance(value, str) else value[row]
+        text = value if isinstance(value, str) else value[row]
+        if text is not None:
+            found[name] = text
     return found

@@ -18,6 +18,7 @@ class Memory:
         self._shape = (layers, num_experts)
         self._counts: dict[int, NDArray[np.int32]] = {}
         self._labels: dict[int, dict[str, str]] = {}
+        self._tokens: dict[int, int] = {}
 
     def add(
         self,
@@ -31,7 +32,12 @@ class Memory:
         for number, of in zip(numbers.tolist(), counts, strict=True):
             before = self._counts.get(number)
             self._counts[number] = of.copy() if before is None else before + of
+            self._tokens[number] = self._tokens.get(number, 0) + int((records.doc == number).sum())
             self._labels.setdefault(number, {}).update((labels or {}).get(number, {}))
+
+    def documents(self) -> dict[int, int]:
+        """Tokens per document."""
+        return dict(self._tokens)
 
     def snapshot(self) -> tuple[NDArray[np.int64], NDArray[np.int32], list[dict[str, str]]]:
         """Document ids [D], ascending; counts [D, L, E]; labels of each document."""

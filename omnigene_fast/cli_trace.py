@@ -1,0 +1,206 @@
+"""The verbs of router traces: trace, verify, report, decompose, export, import."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli import DTYPES, dtype_of, main, parse_device, sentence, set_threads, words
+
+RUN = click.Path(path_type=Path)
+
+
+@main.command()
+@click.argument("model", type=RUN)
+@click.argument("data", type=RUN)
+@click.option("--out", required=True, type=RUN, help="Directory of the run; one that was interrupted is continued.")
+@click.option("--text-col", default="text", show_default=True, help="Column with the text.")
+@click.option("--label-col", "labels", multiple=True, help="Column that becomes a label; may be given several times.")
+@click.option("--limit", type=click.IntRange(min=1), help="Rows, from the beginning.")
+@click.option("--max-length", default=1024, show_default=True, type=click.IntRange(min=1), help="Tokens of a text.")
+@click.option("--batch-tokens", default=4096, show_default=True, type=click.IntRange(min=1), help="Tokens of a batch.")
+@click.option("--record", default="ids,weights,stats", show_default=True, help="Kept per token; '' for counts alone.")
+@click.option("--adapter", type=RUN, help="A PEFT adapter to put on the model.")
+@click.option("--stock", is_flag=True, help="Do not accelerate the model: forward hooks record.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:N].")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's choice by default.")
+@sentence
+def trace(
+    model: Path,
+    data: Path,
+    out: Path,
+    text_col: str,
+    labels: tuple[str, ...],
+    limit: int | None,
+    max_length: int,
+    batch_tokens: int,
+    record: str,
+    adapter: Path | None,
+    stock: bool,
+    dtype: str,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Record which experts the tokens of DATA (JSON lines) visit in MODEL, a checkpoint directory with a tokenizer.
+
+    Every line is a document. Killed and started again with the same arguments, it goes on where it was.
+
+    \b
+    Example:
+      omnigene-fast trace ./gemma-4-26B-A4B texts.jsonl --label-col task --out runs/base
+    """
+    from . import accelerate, open_trace
+    from .tracing.texts import read_rows, trace_texts
+
+    chosen = parse_device(device)
+    set_threads(threads)
+    rows = read_rows(data, text_col, labels, limit)  # before the weights: a mistake in the data costs seconds
+    loaded, tokenizer = _load(model, adapter, dtype_of(dtype), chosen)
+    if not stock:
+        accelerate(loaded)
+    tracer = trace_texts(
+        loaded,
+        lambda texts: tokenizer(texts)["input_ids"],
+        rows,
+        out,
+        pad=tokenizer.pad_token_id or 0,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        progress=True,
+        record=words(record, ()) if record.strip() else (),
+        meta={"model": str(adapter or model), "tokenizer": str(model), "data": data.name, "max_length": max_length},
+    )
+    click.echo(f"{tracer.tokens:,} tokens recorded, {tracer.dropped:,} dropped")
+    click.echo(_summary(open_trace(out)))
+
+
+def _load(path: Path, adapter: Path | None, dtype: Any, device: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model: expected a checkpoint directory with a config.json, got {str(path)!r}.")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    return model, tokenizer
+
+
+@main.command()
+@click.argument("run", type=RUN)
+@sentence
+def verify(run: Path) -> None:
+    """Read a run back and check it: files, checksums, ids, counts, positions. Exits with 1 if something is wrong.
+
+    \b
+    Example:
+      omnigene-fast verify runs/base
+    """
+    from . import open_trace
+
+    opened = open_trace(run)
+    problems = opened.verify(progress=True)
+    if problems:
+        raise ValueError("\n".join(problems))
+    click.echo(f"sound: {_summary(opened)}")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=RUN)
+@click.option("-o", "--out", default="report.html", show_default=True, type=RUN, help="HTML file; CSVs go beside it.")
+@click.option("--by", default="task", show_default=True, help="Label whose values are compared.")
+@click.option("--permutations", default=1000, show_default=True, type=click.IntRange(min=1), help="For noise floors.")
+@click.option("--seed", default=0, show_default=True, type=int)
+@sentence
+def report(runs: tuple[Path, ...], out: Path, by: str, permutations: int, seed: int) -> None:
+    """Write one self-contained HTML page about one or several runs, such as base, CPT and SFT, in this order.
+
+    \b
+    Example:
+      omnigene-fast report runs/base runs/cpt runs/sft -o report.html
+    """
+    from . import analysis, open_trace
+
+    opened = [open_trace(run) for run in runs]
+    texts = _texts(opened[0].meta.get("tokenizer"))
+    click.echo(analysis.report(opened, out, by=by, permutations=permutations, seed=seed, texts=texts))
+
+
+def _texts(tokenizer: Any) -> Callable[[int], str] | None:
+    """A token id's text by the tokenizer that a run names, if it is still there."""
+    if not isinstance(tokenizer, str) or not (Path(tokenizer) / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return lambda number: loaded.decode([number])
+
+
+@main.command()
+@click.argument("base", type=RUN)
+@click.argument("cpt", type=RUN)
+@click.argument("sft", type=RUN)
+@click.option("--by", default="task", show_default=True, help="Label whose values are compared.")
+@sentence
+def decompose(base: Path, cpt: Path, sft: Path, by: str) -> None:
+    """How much of the experts' differentiation came with CPT and how much with SFT, paired by document.
+
+    \b
+    Example:
+      omnigene-fast decompose runs/base runs/cpt runs/sft
+    """
+    from . import analysis, open_trace
+
+    table = analysis.decompose(*(open_trace(run) for run in (base, cpt, sft)), by=by)
+    click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
+
+
+@main.command("export")
+@click.argument("run", type=RUN)
+@click.argument("format")
+@click.option("-o", "--out", required=True, type=RUN, help="File or directory to write; never one that exists.")
+@click.option("--by", help="Label whose values name the groups, where the format has groups.")
+@sentence
+def export(run: Path, format: str, out: Path, by: str | None) -> None:
+    """Write a run in another format: npz, datasets, eplb, routed-experts (vLLM, SGLang) or megatron.
+
+    \b
+    Example:
+      omnigene-fast export runs/base npz --by task -o base.npz
+    """
+    from . import open_trace
+    from .tracing.exchange import export_run
+
+    written = export_run(open_trace(run), out, format, **({} if by is None else {"by": by}))
+    click.echo(written)
+
+
+@main.command("import")
+@click.argument("source", type=RUN)
+@click.argument("format")
+@click.option("--out", required=True, type=RUN, help="Directory of the new run.")
+@sentence
+def import_(source: Path, format: str, out: Path) -> None:
+    """Make a run from a file of another format; the formats are those of `export`.
+
+    \b
+    Example:
+      omnigene-fast import router.jsonl megatron --out runs/megatron
+    """
+    from .tracing.exchange import import_run
+
+    click.echo(_summary(import_run(source, out, format)))
+
+
+def _summary(run: Any) -> str:
+    documents = run.documents
+    labels = [name for name in documents.columns if name not in ("doc_id", "n_tokens", "text_hash")]
+    return (
+        f"{run.path}: {int(documents['n_tokens'].sum()):,} tokens of {len(documents):,} documents"
+        f" (labels: {', '.join(labels) or 'none'}), {len(run.layers)} layers, {run.num_experts} experts,"
+        f" top-{run.top_k}, {', '.join(('counts', *run.record))}"
+    )
