@@ -1,5 +1,6 @@
 """The `omnigene-fast` command: thin verbs over the package; every error is one sentence and a non-zero exit."""
 
+import datetime
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -58,11 +59,17 @@ def info(run: Path | None) -> None:
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's choice by default.")
 @click.option("--true-shape/--no-true-shape", default=True, help="Also time one layer at Gemma-4-26B's size (1.5 GB).")
 @click.option("--train/--no-train", default=True, help="Also train the small model for less than a minute.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="New directory for the router traces and report.html.  [default: ./omnigene-fast-demo-DATE-TIME]",
+)
 @sentence
-def demo(path: str | None, device: str, threads: int | None, true_shape: bool, train: bool) -> None:
+def demo(path: str | None, device: str, threads: int | None, true_shape: bool, train: bool, out: Path | None) -> None:
     """A Gemma-4 MoE on real sequences, stock and accelerated: is it right, and how much faster is it?
 
-    Without --model, the model is a small Gemma-4 with random weights and byte tokens, and is trained too.
+    Without --model, the model is a small Gemma-4 with random weights and byte tokens. It is trained too, and a report
+    says how its routing changed.
 
     \b
     Example:
@@ -73,7 +80,8 @@ def demo(path: str | None, device: str, threads: int | None, true_shape: bool, t
 
     chosen = parse_device(device)
     set_threads(threads)
-    run(chosen, Path(path) if path else None, true_shape=true_shape, train=train)
+    out = out or Path(f"omnigene-fast-demo-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    run(chosen, Path(path) if path else None, true_shape=true_shape, train=train, out=out)
 
 
 @main.command()

@@ -155,7 +155,7 @@ def decompose(base: Path, cpt: Path, sft: Path, by: str) -> None:
     """
     from . import analysis, open_trace
 
-    table = analysis.decompose(*(open_trace(run) for run in (base, cpt, sft)), by=by)
+    table = analysis.decompose(open_trace(base), open_trace(cpt), open_trace(sft), by=by)
     click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
 
 

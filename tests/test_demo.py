@@ -4,19 +4,21 @@ import json
 import re
 from collections import Counter
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
 
+import omnigene_fast
 from omnigene_fast import demo
 from omnigene_fast.bench import runner
 from omnigene_fast.bench.floors import Probe
-from omnigene_fast.demo import compare, layer, lesson, routing, training
+from omnigene_fast.demo import compare, layer, lesson, training
 from omnigene_fast.demo.model import BOS, BYTES, PAD, encode_bytes, load_texts, small_model
 
 CPU = torch.device("cpu")
 TINY = demo.Size(H=64, I=24, E=16, K=4, layers=2, texts=2, length=24, rounds=1)
-LESSON = demo.Lesson(steps=4, seconds=60, compared=3, batch=3, length=24)
+LESSON = demo.Lesson(steps=4, seconds=60, compared=3, batch=3, length=24, traced=3)
 FAMILIES = [
     "protein",
     "dna_coding",
@@ -66,7 +68,7 @@ def test_demo_prints_every_part(capsys):
     for family in FAMILIES:
         assert f"\n  {family}" in out
     parts = ("parity per layer", "experts each family prefers", "The weights are random", "tokens/s", "training, every")
-    for part in (*parts, "Jensen-Shannon", "summary"):
+    for part in (*parts, "summary"):
         assert part in out
     assert "within the bound of 2x" in out
 
@@ -101,27 +103,32 @@ def test_training_without_accelerate_is_skipped_in_a_sentence(monkeypatch, capsy
     assert "pip install 'omnigene-fast[train]'" in capsys.readouterr().out
 
 
-def test_visits_leave_padding_out_and_no_hook():
-    model, encode, _ = small_model(TINY, CPU)
-    batch = encode(["ACGT", "A"], 8)
-    counts = routing.visits(model, [batch, batch])
-    assert counts.sum(-1).tolist() == [[2 * 5 * TINY.K] * TINY.layers, [2 * 2 * TINY.K] * TINY.layers]
-    alone = routing.visits(model, [encode(["A"], 8)])
-    assert torch.equal(counts[1], 2 * alone[0])
-    assert not any(module.router._forward_hooks for module in routing.decoder_layers(model))
+def test_audit_traces_and_reports(tmp_path, capsys):
+    demo.run(CPU, true_shape=False, size=TINY, lesson=LESSON, out=tmp_path / "demo")
+    out = capsys.readouterr().out
+    path = Path(out.strip().splitlines()[-1])
+    assert path == tmp_path / "demo" / "report.html"
+    assert path.stat().st_size > 1e6
+    runs = [omnigene_fast.open_trace(tmp_path / "demo" / name) for name in ("before", "after")]
+    for run in runs:
+        assert run.verify() == []
+        assert run.documents.groupby("task").size().to_dict() == dict.fromkeys(FAMILIES, LESSON.traced)
+    assert (runs[0].counts != runs[1].counts).any()
+    assert (runs[0].documents["text_hash"] == runs[1].documents["text_hash"]).all()
+    shown = [float(row.split()[1]) for row in out.splitlines() if row.split()[:1] == ["mean"]]
+    mean = omnigene_fast.analysis.differentiation(runs[0]).iloc[-1]
+    assert shown == [pytest.approx(mean["corrected"], abs=6e-4)]
+    with pytest.raises(FileExistsError, match="expected a directory that does not exist yet"):
+        demo.run(CPU, true_shape=False, size=TINY, lesson=LESSON, out=tmp_path / "demo")
 
 
-def test_divergence_is_that_of_scipy():
-    from scipy.spatial.distance import jensenshannon
-
-    counts = torch.tensor([[[5.0, 3, 0, 2]], [[0, 1, 1, 6]], [[4, 4, 4, 4]]], dtype=torch.float64)
-    pairs = [(0, 1), (0, 2), (1, 2)]
-    expected = sum(jensenshannon(counts[a, 0], counts[b, 0]) ** 2 for a, b in pairs) / 3
-    assert routing.divergence(counts).tolist() == pytest.approx([expected])
-    apart = torch.eye(2, dtype=torch.float64)[:, None]
-    assert routing.divergence(apart).item() == pytest.approx(0.6931, abs=1e-4)  # nothing in common: ln 2
-    assert routing.effective(counts)[2].item() == pytest.approx(4)
-    assert routing.effective(apart).flatten().tolist() == [1, 1]
+def test_audit_without_its_packages_is_skipped_in_a_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "missing_packages", lambda: ["duckdb"])
+    demo.run(CPU, true_shape=False, size=TINY, lesson=LESSON, out=tmp_path / "demo")
+    out = capsys.readouterr().out
+    assert "router audit: skipped, duckdb missing (pip install 'omnigene-fast[report]')" in out
+    assert "training: held-out loss" in out
+    assert not (tmp_path / "demo").exists()
 
 
 def test_recording_leaves_padding_out_and_no_hook():

@@ -1,10 +1,11 @@
-"""`omnigene-fast demo`: real sequences through a stock and an accelerated Gemma-4 MoE, side by side, then training."""
+"""`omnigene-fast demo`: real sequences through a stock and an accelerated Gemma-4, then training and a router audit."""
 
 from pathlib import Path
 
 import torch
 
 from . import compare, layer
+from .audit import missing_packages
 from .lesson import Lesson, learn
 from .model import Size, load_checkpoint, load_texts, small_model
 
@@ -19,6 +20,7 @@ def run(
     train: bool = True,
     size: Size | None = None,
     lesson: Lesson | None = None,
+    out: Path | None = None,
 ) -> None:
     """Print parity per layer, the experts each family prefers, tokens/s, training, and one layer at the true shape.
 
@@ -29,11 +31,21 @@ def run(
         train: also train the small model for less than a minute; a checkpoint is never trained.
         size: of the small model and of the texts; tests pass a tiny one.
         lesson: how much is trained.
+        out: new directory for router traces of the small model before and after its training, and a report on them,
+            whose path is the last line printed; None: no traces.
 
     Raises:
         ValueError: `checkpoint` is not a checkpoint directory or has no mixture-of-experts layer.
+        FileExistsError: `out` exists.
     """
     size = size or Size()
+    audited = out if train and checkpoint is None else None
+    if audited is not None:
+        if audited.exists():
+            raise FileExistsError(f"out: expected a directory that does not exist yet, got {audited}.")
+        if absent := missing_packages():
+            print(f"router audit: skipped, {', '.join(absent)} missing (pip install 'omnigene-fast[report]')\n")
+            audited = None
     model, encode, title = load_checkpoint(checkpoint, device) if checkpoint else small_model(size, device)
     texts = load_texts(size.texts)
     print(f"omnigene-fast demo on {device}\n\n{title}", flush=True)
@@ -52,9 +64,11 @@ def run(
     ]
     del model
     if train and checkpoint is None:
-        summary.append(learn(device, size, lesson))
+        summary.append(learn(device, size, lesson, audited))
     if true_shape:
         summary.append(layer.true_shape(device))
     print("summary")
     for line in summary:
         print(f"  {line}")
+    if audited is not None and (audited / "report.html").exists():
+        print(f"\nrouter audit, before and after the training:\n{audited / 'report.html'}")

@@ -4,13 +4,14 @@ import copy
 import importlib.util
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import omnigene_fast
 
-from . import routing
+from . import audit
 from .model import BOS, PAD, Batch, Size, byte_ids, encode_bytes, load_texts, small_model
 
 TEXTS = 50  # per family in the shipped data
@@ -26,13 +27,20 @@ class Lesson:
     compared: int = 4
     batch: int = 12
     length: int = 128
+    traced: int = 16  # texts of each family, the last ones, whose routing is compared before and after
 
 
-def learn(device: torch.device, size: Size, lesson: Lesson | None = None) -> str:
-    """Train the small model in float32, print what changed, and return the summary line.
+def learn(device: torch.device, size: Size, lesson: Lesson | None = None, out: Path | None = None) -> str:
+    """Train the small model in float32, trace it before and after, print what changed, and return the summary line.
 
     The optimizer, the data loader and the loss are those of transformers' Trainer, which needs the package
     accelerate; without it a sentence says that this part was skipped.
+
+    Args:
+        device: where the model runs.
+        size: of the model.
+        lesson: how much is trained.
+        out: new directory for the traces `before` and `after` and their report.html; None: no trace.
     """
     lesson = lesson or Lesson()
     if importlib.util.find_spec("accelerate") is None:
@@ -63,9 +71,14 @@ def learn(device: torch.device, size: Size, lesson: Lesson | None = None) -> str
     )
     stock_model = copy.deepcopy(model)
     omnigene_fast.accelerate(model)
-    before, counts_before = _losses(model, held_out), routing.visits(model, held_out)
+    before, runs = _losses(model, held_out), []
+    traced = {name: family[-lesson.traced :] for name, family in texts.items()}
+    if out is not None:
+        runs.append(audit.trace_families(model, out / "before", traced, lesson.length, "the small model, untrained"))
     ours = train(model, samples, plan(lesson.steps, lesson.seconds), pad=PAD, title="accelerated")
-    after, counts_after = _losses(model, held_out), routing.visits(model, held_out)
+    after = _losses(model, held_out)
+    if out is not None:
+        runs.append(audit.trace_families(model, out / "after", traced, lesson.length, "the small model, trained"))
     stock = train(stock_model, samples, plan(lesson.compared, lesson.seconds / 2), pad=PAD, title="stock")
 
     apart = max(abs(a - b) / abs(a) for a, b in zip(stock.losses, ours.losses, strict=False))
@@ -75,24 +88,22 @@ def learn(device: torch.device, size: Size, lesson: Lesson | None = None) -> str
         peak = "-" if run.peak is None else f"{run.peak / 1e6:,.0f}"
         print(f"  {name:<12}{len(run.losses):>7}{run.speed:>10,.0f}{peak:>9}   {first}")
     print(f"  relative difference of these losses: at most {apart:.0e}\n")
-    print(f"held-out texts, {HELD_OUT} of each family; effective experts = exp(entropy), mean over layers\n")
-    print(f"  {'':<18}{'loss':>15}{'effective experts':>24}\n  {'family':<18}{'before':>8}{'after':>7}", end="")
-    print(f"{'before':>17}{'after':>7}")
-    effective = [routing.effective(counts).mean(1) for counts in (counts_before, counts_after)]
+    print(
+        f"held-out texts, {HELD_OUT} of each family: loss in nats per byte\n\n  {'family':<18}{'before':>8}{'after':>7}"
+    )
     for row, name in enumerate(texts):
-        print(f"  {name:<18}{before[row]:>8.2f}{after[row]:>7.2f}{effective[0][row]:>17.1f}{effective[1][row]:>7.1f}")
-    apart_before, apart_after = (routing.divergence(counts) for counts in (counts_before, counts_after))
-    print("\nhow differently two families are routed: Jensen-Shannon divergence in nats (at most ln 2 = 0.693), mean")
-    print(f"over the pairs of families\n\n  {'layer':>5}{'before':>9}{'after':>8}")
-    for layer, (first_, last) in enumerate(zip(apart_before.tolist(), apart_after.tolist(), strict=True)):
-        print(f"  {layer:>5}{first_:>9.3f}{last:>8.3f}")
+        print(f"  {name:<18}{before[row]:>8.2f}{after[row]:>7.2f}")
     print(flush=True)
     means = [sum(losses) / len(losses) for losses in (before, after)]
-    return (
+    line = (
         f"training: held-out loss {means[0]:.2f} to {means[1]:.2f} in {len(ours.losses)} steps at"
-        f" {ours.speed / stock.speed:.2f}x the stock model's tokens/s; divergence between families"
-        f" {apart_before.mean():.3f} to {apart_after.mean():.3f} nats"
+        f" {ours.speed / stock.speed:.2f}x the stock model's tokens/s"
     )
+    if out is None:
+        return line
+    apart_before, apart_after = audit.print_differentiation(runs)
+    omnigene_fast.analysis.report(runs, out / "report.html")
+    return f"{line}; divergence between families {apart_before:.3f} to {apart_after:.3f} nats"
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def read_rows(path: str | Path, text: str = "text", labels: Sequence[str] = (), 
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"data: expected a JSON-lines file, got {str(path)!r}.")
-    rows = []
+    rows: list[Row] = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file):
             if limit is not None and len(rows) == limit:
