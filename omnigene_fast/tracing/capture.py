@@ -275,24 +275,27 @@ class Tracer:
 
         self._end(describe(self._model, inputs), None, replayed=True)
 
-    def flush(self) -> None:
-        """Wait until every call so far is with the writer, and make it durable."""
+    def settle(self) -> None:
+        """Wait until the records of every call so far are with the writer."""
         if self._watch is not None and self._pump is not None:
             self._pump.flush()
+
+    def flush(self) -> None:
+        """Wait until every call so far is with the writer, and make it durable."""
+        if self._watch is not None:
+            self.settle()
             self._store.commit()
 
     @property
     def counts(self) -> NDArray[np.int32]:
         """Picks [documents, layers, experts] so far, rows by rising document number."""
-        if self._watch is not None and self._pump is not None:
-            self._pump.flush()
+        self.settle()
         counts: NDArray[np.int32] = self._store.snapshot()[1]
         return counts
 
     def recorded_documents(self) -> dict[int, int]:
         """Tokens per document number of all that the run holds, from earlier sessions too."""
-        if self._watch is not None and self._pump is not None:
-            self._pump.flush()
+        self.settle()
         found: dict[int, int] = self._store.documents()
         return found
 
