@@ -4,9 +4,9 @@
 
 Two models share their weights; one has a trace open, with ids, weights and counts, on a run in a temporary directory.
 Each traced forward is timed until the background thread has taken its records in, so that nothing is hidden in the
-forward that follows; making them durable is timed by itself and shared out (by default it comes every 65,536 tokens, so
-here, after fewer, it weighs more). The dense MLP, attention and vocabulary are as small as they can be: what is timed is
-the block, router, norms and experts.
+forward that follows; making them durable is timed by itself and shared out (by default it comes every 65,536 tokens,
+so here, after fewer, it weighs more). The dense MLP, attention and vocabulary are as small as they can be: what is
+timed is the block, router, norms and experts.
 """
 
 import argparse

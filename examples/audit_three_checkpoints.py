@@ -7,8 +7,8 @@ compared document by document, and a report is written.
     python examples/audit_three_checkpoints.py                        a small random model, trained on the spot
     python examples/audit_three_checkpoints.py --models BASE CPT SFT --data texts.jsonl --label-col task
 
-Without --models a small Gemma-4 with byte tokens stands for the base; half a minute of next-byte training on sequences of
-12 families makes the CPT checkpoint of it, half a minute of questions about the kind of a sequence (the answer alone is
+Without --models a small Gemma-4 with byte tokens stands for the base; some steps of next-byte training on sequences
+of 12 families make the CPT checkpoint of it, some of questions about the kind of a sequence (the answer alone is
 learned) the SFT one. What such a model shows is that the audit works, not what a trained one has learned.
 """
 
@@ -111,22 +111,18 @@ def questions(texts: dict[str, list[str]]) -> list[Sample]:
 
 def print_decomposition(table: Any) -> None:
     """Growth of expert differentiation by stage, and its shares."""
-    print(
-        "growth of expert differentiation by stage, paired by document, with 95 % intervals; p: stage swapped at random\n"
-    )
-    print(
-        f"  {'convention':<12}{'stage':<7}{'before':>8}{'after':>8}{'growth':>9}  {'interval':<18}{'p':>7}   share of the two"
-    )
+    print("growth of expert differentiation by stage, paired by document, corrected, with 95 % intervals\n")
+    print(f"  {'convention':<12}{'stage':<7}{'before':>8}{'after':>8}{'growth':>9}  {'interval':<20}share of the two")
     for row in table.to_dict("records"):
         interval = f"[{row['low']:.4f}, {row['high']:.4f}]"
-        share = f"{row['share']:.1%} [{row['share_low']:.1%}, {row['share_high']:.1%}]"
+        share = f"{row['share_corrected']:.1%} [{row['share_low']:.1%}, {row['share_high']:.1%}]"
         print(
             f"  {row['convention']:<12}{row['stage'][2:]:<7}{row['before']:>8.4f}{row['after']:>8.4f}"
-            f"{row['corrected']:>9.4f}  {interval:<18}{row['p_value']:>7.3f}   {share}"
+            f"{row['corrected']:>9.4f}  {interval:<20}{share}"
         )
     print(
-        "\n  divergence: mean Jensen-Shannon divergence, in nats; distance: mean of its square root, the scale on which the\n"
-        "  paper's text counts. A share is wide, or without bounds, where the two stages together changed little.\n"
+        "\n  divergence: mean Jensen-Shannon divergence, in nats; distance: mean of its square root, the scale on which"
+        "\n  the paper's text counts. Where the two stages together changed little, a share has no bounds.\n"
     )
 
 
