@@ -135,7 +135,7 @@ def block_model(layers: int, device: torch.device) -> Any:
                 parameter.mul_(64)
     for module in model.modules():  # what the constructor computed on the meta device
         if hasattr(module, "compute_default_rope_parameters") or "rotary_emb" in type(module).__name__.lower():
-            module.__init__(config)  # type: ignore[misc]
+            module.__init__(config)
     return omnigene_fast.accelerate(model.to(device))
 
 

@@ -163,10 +163,18 @@ def decompose(base: Path, cpt: Path, sft: Path, by: str) -> None:
 @click.argument("run", type=RUN)
 @click.argument("format")
 @click.option("-o", "--out", required=True, type=RUN, help="File or directory to write; never one that exists.")
-@click.option("--by", help="Label whose values name the groups, where the format has groups.")
+@click.option("--by", help="npz: the label whose values are its tasks.  [default: task]")
 @sentence
 def export(run: Path, format: str, out: Path, by: str | None) -> None:
-    """Write a run in another format: npz, datasets, eplb, routed-experts (vLLM, SGLang) or megatron.
+    """Write a run in another format.
+
+    \b
+    npz       OmniGene-4's counts per task
+    datasets  Hugging Face datasets, one row per document
+    eplb      the load matrix of DeepSeek's EPLB
+    sglang    SGLang's responses with routed experts
+    vllm      vLLM's responses with routed experts
+    megatron  Megatron-LM's router trace
 
     \b
     Example:
@@ -175,25 +183,59 @@ def export(run: Path, format: str, out: Path, by: str | None) -> None:
     from . import open_trace
     from .tracing.exchange import export_run
 
-    written = export_run(open_trace(run), out, format, **({} if by is None else {"by": by}))
-    click.echo(written)
+    left_out = export_run(open_trace(run), out, format, **({} if by is None else {"by": by}))
+    click.echo(
+        f"{out}: " + (f"without {'; '.join(left_out)}, for which {format} has no place" if left_out else "whole")
+    )
 
 
 @main.command("import")
 @click.argument("source", type=RUN)
 @click.argument("format")
 @click.option("--out", required=True, type=RUN, help="Directory of the new run.")
+@click.option("--num-experts", type=click.IntRange(min=1), help="E, if the source does not say.")
+@click.option("--top-k", type=click.IntRange(min=1), help="K, if the source does not say.")
+@click.option("--layers", help="Decoder indices of the source's layers, such as 0-29 or 1,3,5, if it does not say.")
+@click.option("--model", help="Name of the model, if the source does not say.")
+@click.option("--label", "labels", multiple=True, metavar="NAME=TEXT", help="Label of every document.")
 @sentence
-def import_(source: Path, format: str, out: Path) -> None:
-    """Make a run from a file of another format; the formats are those of `export`.
+def import_(
+    source: Path,
+    format: str,
+    out: Path,
+    num_experts: int | None,
+    top_k: int | None,
+    layers: str | None,
+    model: str | None,
+    labels: tuple[str, ...],
+) -> None:
+    """Make a run from a file or directory of another format; the formats are those of `export`.
 
     \b
     Example:
-      omnigene-fast import router.jsonl megatron --out runs/megatron
+      omnigene-fast import traces/ megatron --num-experts 128 --layers 0-29 --out runs/megatron
     """
     from .tracing.exchange import import_run
 
-    click.echo(_summary(import_run(source, out, format)))
+    meta = {"num_experts": num_experts, "top_k": top_k, "layers": _layers(layers), "model": model}
+    named = dict(label.split("=", 1) for label in labels if "=" in label)
+    if len(named) != len(labels):
+        raise ValueError(f"--label: expected NAME=TEXT, each name once, got {' '.join(labels)}.")
+    known = {name: value for name, value in meta.items() if value is not None}
+    click.echo(_summary(import_run(source, out, format, meta=known or None, labels=named or None)))
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """Decoder indices from a text such as 0-29 or 1,3,5."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in words(text, ()):
+        ends = part.split("-")
+        if len(ends) > 2 or not all(end.isascii() and end.isdigit() for end in ends):
+            raise ValueError(f"--layers: expected decoder indices such as 0-29 or 1,3,5, got {text!r}.")
+        found += range(int(ends[0]), int(ends[-1]) + 1)
+    return found
 
 
 def _summary(run: Any) -> str:

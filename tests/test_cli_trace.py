@@ -146,7 +146,7 @@ def test_an_adapter_is_traced(files, tmp_path):
 def test_report(files, tmp_path):
     done = invoke("report", files / "run", "-o", tmp_path / "r.html", "--permutations", 50)
     assert done.exit_code == 0, done.output
-    assert done.output.strip().splitlines()[-1] == str(tmp_path / "r.html")
+    assert done.stdout.strip() == str(tmp_path / "r.html")
     assert "dna_coding" in (tmp_path / "r.html").read_text()
     assert (tmp_path / "r_data" / "load.csv").exists()
 
@@ -162,6 +162,28 @@ def test_export_and_import(files, tmp_path):
     done = invoke("import", tmp_path / "run.npz", "npz", "--out", tmp_path / "back")
     assert done.exit_code == 0, done.output
     assert np.array_equal(omnigene_fast.open_trace(tmp_path / "back").counts.sum(0), run.counts.sum(0))
+
+
+def test_help_names_every_format():
+    from omnigene_fast.tracing.exchange import FORMATS
+
+    text = invoke("export", "--help").output
+    assert all(f"\n  {name} " in text for name in FORMATS)
+
+
+def test_import_of_what_does_not_say_its_shape(tmp_path):
+    np.save(tmp_path / "load.npy", np.array([[5, 3, 0], [1, 3, 4]]))
+    more = ("--top-k", 2, "--layers", "1,3", "--model", "m", "--label", "task=dna")
+    done = invoke("import", tmp_path / "load.npy", "eplb", "--out", tmp_path / "run", *more)
+    assert done.exit_code == 0, done.output
+    run = omnigene_fast.open_trace(tmp_path / "run")
+    assert run.layers == [1, 3]
+    assert run.counts.tolist() == [[[5, 3, 0], [1, 3, 4]]]
+    assert run.documents["task"].tolist() == ["dna"]
+    for wrong in (("--layers", "1-x"), ("--label", "task")):
+        done = invoke("import", tmp_path / "load.npy", "eplb", "--out", tmp_path / "other", *wrong)
+        assert done.exit_code == 1
+        assert f"{wrong[0]}: expected" in done.output
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,140 @@
+"""Documents in groups: what every measure of counts begins with."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..tracing.records import Records
+
+if TYPE_CHECKING:
+    import pandas
+
+UNITS = {"nats": 1.0, "bits": float(1 / np.log(2))}  # a value in nats times this
+_CHUNK = 1 << 20  # float64 elements that one step over documents or permutations holds: those that fit a cache
+
+
+class RunLike(Protocol):
+    """What a measure needs of a run (`omnigene_fast.open_trace` returns one)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layers(self) -> Sequence[int]: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def counts(self) -> NDArray[Any]: ...
+    @property
+    def documents(self) -> "pandas.DataFrame": ...
+    def batches(self, layers: Sequence[int] | None = None, kinds: Sequence[str] = ("ids",)) -> Iterator[Records]: ...
+
+
+@dataclass
+class Groups:
+    """The documents of a run that carry a label, by its values. Documents without a token are left out."""
+
+    names: list[str]  # sorted
+    rows: list[NDArray[np.int64]]  # per group, rows of run.counts and run.documents
+    counts: NDArray[Any]  # [D, L, E] of the whole run
+    sums: NDArray[np.float64]  # [G, L, E]
+    layers: list[int]
+    top_k: int
+
+    @property
+    def docs(self) -> list[int]:
+        """Documents per group."""
+        return [len(rows) for rows in self.rows]
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """[G] tokens per group, those of its best recorded layer."""
+        return (self.sums.sum(-1).max(-1) / self.top_k).round().astype(np.int64)
+
+    @property
+    def probabilities(self) -> NDArray[np.float64]:
+        """[G, L, E] share of the picks of a group and layer."""
+        return self.sums / self.sums.sum(-1, keepdims=True)
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Positions (a, b), a < b, of every two groups."""
+        return [(a, b) for a in range(len(self.names)) for b in range(a + 1, len(self.names))]
+
+    def without_one(self, group: int) -> Iterator[NDArray[np.float64]]:
+        """Counts [n, L, E] of a group when each of its documents in turn is left out, in chunks of documents."""
+        rows, size = self.rows[group], max(1, _CHUNK // self.sums[group].size)
+        for start in range(0, len(rows), size):
+            yield self.sums[group] - self.counts[rows[start : start + size]]
+
+
+def group(run: RunLike, by: str | None, minimum: int = 1) -> Groups:
+    """The groups of a run.
+
+    Args:
+        run: an opened trace.
+        by: name of a label, or None for one group "all" of every document.
+        minimum: how many groups the measure needs.
+
+    Raises:
+        ValueError: no such label, too few groups, or a group without a pick in some layer.
+    """
+    counts, documents = run.counts, run.documents
+    filled = counts.any(axis=(1, 2))
+    labels = label_column(run, by) if by is not None else ["all"] * len(documents)
+    present = np.array([label is not None for label in labels], bool) & filled
+    names = sorted({label for label, kept in zip(labels, present, strict=True) if kept and label is not None})
+    if len(names) < minimum:
+        raise ValueError(
+            f"by: expected a label with at least {minimum} values among documents with tokens,"
+            f" got {names!r} for {by!r}."
+        )
+    where: dict[str, list[int]] = {name: [] for name in names}
+    for row in np.flatnonzero(present):
+        where[str(labels[row])].append(int(row))
+    rows = [np.array(where[name], np.int64) for name in names]
+    sums = np.stack([counts[one].sum(0, dtype=np.int64).astype(np.float64) for one in rows])
+    empty = np.argwhere(sums.sum(-1) == 0)
+    if len(empty):
+        raise ValueError(
+            f"run: expected picks of every group in every layer, got none of {names[empty[0][0]]!r} in layer"
+            f" {list(run.layers)[empty[0][1]]}."
+        )
+    return Groups(names, rows, counts, sums, [int(layer) for layer in run.layers], int(run.top_k))
+
+
+def label_column(run: RunLike, by: str) -> list[str | None]:
+    """A label of every document, None where it has none.
+
+    Raises:
+        ValueError: the run has no such label; the message lists those it has.
+    """
+    documents = run.documents
+    reserved = ("doc_id", "n_tokens", "text_hash")
+    if by in reserved or by not in documents.columns:
+        known = [str(name) for name in documents.columns if name not in reserved]
+        raise ValueError(f"by: expected one of the labels {known!r} of run {run.name!r}, got {by!r}.")
+    missing = documents[by].isna()
+    return [None if gone else str(value) for value, gone in zip(documents[by], missing, strict=True)]
+
+
+def check_unit(base: str) -> float:
+    """What a value in nats is multiplied with to be in `base`; ValueError for another name."""
+    if base not in UNITS:
+        raise ValueError(f"base: expected 'nats' or 'bits', got {base!r}.")
+    return UNITS[base]
+
+
+def check_permutations(permutations: int) -> None:
+    """ValueError unless a count of permutations."""
+    if isinstance(permutations, bool) or not isinstance(permutations, int) or permutations < 0:
+        raise ValueError(f"permutations: expected an integer >= 0, got {permutations!r}.")
+
+
+def chunk_rows(elements: int) -> int:
+    """How many rows of that many float64 elements a loop may hold at once."""
+    return max(1, _CHUNK // max(1, elements))

@@ -1,0 +1,79 @@
+"""How evenly the experts of a layer are used."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .groups import RunLike, group
+from .resampling import Jackknife
+
+if TYPE_CHECKING:
+    import pandas
+
+_JACKKNIFED = ("cv", "max_vio", "gini", "entropy", "effective_experts")
+
+
+def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
+    """Balance of the load over experts, per group and layer.
+
+    Args:
+        run: an opened trace.
+        by: label that makes the groups, or None for one group "all".
+
+    Returns:
+        a row per group and layer: group, layer (decoder index), picks, tokens, docs, cv (population standard deviation
+        of the load over its mean), max_vio (max / mean - 1; Wang et al. 2024, arXiv 2408.15664), gini, dead (experts
+        never picked), dead_fraction, dead_floor (that fraction expected of as many tokens under perfectly even
+        routing), dead_bound (with 95 % confidence a dead expert is used in fewer than this share of documents), entropy
+        (nats), entropy_floor (ln K: the K picks of a token are distinct), entropy_max (ln E), effective_experts (exp of
+        the entropy), experts, unit (of the entropy); cv, max_vio, gini, entropy and effective_experts also with
+        _corrected, _low and _high (jackknife over documents, 95 %).
+
+    Raises:
+        ValueError: no such label, or a group without picks.
+    """
+    import pandas as pd
+
+    groups = group(run, by)
+    frames = []
+    for g, name in enumerate(groups.names):
+        whole, experts = groups.sums[g], groups.sums.shape[-1]
+        estimate = Jackknife(_balance(whole)).stratum(_balance(left) for left in groups.without_one(g))  # [L, 5]
+        tokens = whole.sum(-1) / groups.top_k
+        dead = (whole == 0).sum(-1)
+        columns: dict[str, Any] = {
+            "group": name,
+            "layer": groups.layers,
+            "picks": whole.sum(-1).astype(np.int64),
+            "tokens": tokens.round().astype(np.int64),
+            "docs": groups.docs[g],
+            "dead": dead,
+            "dead_fraction": dead / experts,
+            "dead_floor": (1 - groups.top_k / experts) ** tokens,
+            "dead_bound": 1 - 0.05 ** (1 / groups.docs[g]),
+            "entropy_floor": float(np.log(groups.top_k)),
+            "entropy_max": float(np.log(experts)),
+            "experts": experts,
+            "unit": "nats",
+        }
+        for at, measure in enumerate(_JACKKNIFED):
+            columns[measure] = estimate.value[:, at]
+            columns[f"{measure}_corrected"] = estimate.corrected[:, at]
+            columns[f"{measure}_low"] = estimate.low[:, at]
+            columns[f"{measure}_high"] = estimate.high[:, at]
+        frames.append(pd.DataFrame(columns))
+    table = pd.concat(frames, ignore_index=True)
+    first = ["group", "layer", "picks", "tokens", "docs"]
+    return table[first + [name for name in table.columns if name not in first]]
+
+
+def _balance(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[..., L, E] counts to [..., L, 5] numbers in the order of `_JACKKNIFED`."""
+    E = counts.shape[-1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = counts / counts.sum(-1, keepdims=True)
+    entropy = -(share * np.log(np.maximum(share, 1e-300))).sum(-1)
+    ranks = np.arange(1, E + 1)
+    gini = (2 * (np.sort(share, -1) * ranks).sum(-1) - (E + 1)) / E
+    return np.stack([share.std(-1) * E, share.max(-1) * E - 1, gini, entropy, np.exp(entropy)], -1)

@@ -1,0 +1,351 @@
+"""The sections of the report: what each figure shows, in words with the numbers filled in."""
+
+import math
+from collections.abc import Iterator
+
+import pandas as pd
+
+from . import plots
+from .plots_style import above_floor, best_value, percent
+from .report_method import METHOD, REFERENCES
+from .report_page import Section, items, safe
+from .report_tables import Tables, strongest
+from .report_words import (
+    SIGNIFICANT,
+    between,
+    bold,
+    counted,
+    effective,
+    extremes,
+    floors,
+    growth,
+    how_many,
+    measured,
+    p_value,
+    preferences,
+    ranked,
+    spread,
+    strongest_preference,
+    without_tokens,
+)
+
+RESAMPLED = "95 %, jackknife over documents"
+
+
+def sections(t: Tables) -> Iterator[Section]:
+    """Every section up to the tokens."""
+    yield heatmaps(t)
+    if t.pairs is not None:
+        yield matrix(t)
+        yield curves(t)
+        yield stages(t)
+        yield tree(t)
+    else:
+        only = f"All documents are of one {t.noun}, {bold(t.groups[0])}"
+        needed = "this needs at least two values of the label."
+        for anchor, title in (
+            ("divergence", f"How different the {t.noun}s are"),
+            ("layers", "Where in the model they differ"),
+            ("stages", "What each stage of training changed"),
+            ("tree", f"Which {t.noun}s are alike"),
+        ):
+            yield Section(anchor, title, [f"{only}: {needed}"])
+    yield paths(t)
+
+
+def heatmaps(t: Tables) -> Section:
+    assert t.specialty is not None
+    experts, top_k = t.runs[0].num_experts, t.runs[0].top_k
+    words = [
+        f"Each panel is one {t.noun}, each row a layer, each column an expert; the colour says how often the router"
+        f" of the layer sends the tokens of that {t.noun} to the expert. Bright: much more often than if all"
+        f" {experts} experts were used alike (1 x is {percent(1 / experts, 2)} of the picks; a token picks {top_k}"
+        f" different experts, so that no expert can exceed {experts / top_k:.3g} x). Experts have numbers within"
+        " their layer only: expert 5 of layer 3 and expert 5 of layer 4 are different networks.",
+        "Look for panels with bright spots of their own: those experts are the specialists. " + spread(t),
+    ]
+    if len(t.groups) > 1:
+        found = strongest_preference(t)
+        words += [found] if found else []
+    best = preferences(t).head(200) if len(t.groups) > 1 else pd.DataFrame()
+    tables = []
+    if len(best):
+        columns = ["group", "layer", "expert", "share", "mean_share", "specialty", "low", "high", "q_value", "docs"]
+        title = f"Table: the {len(best)} strongest preferences in {t.last} (q < {SIGNIFICANT})"
+        tables.append((title, best[columns].reset_index(drop=True)))
+    return Section(
+        "experts",
+        f"Which experts each {t.noun} uses",
+        words,
+        plots.heatmaps(t.specialty, t.sizes, top_k),
+        f"Heat maps of the share of picks by layer and expert, a panel per {t.noun}",
+        {
+            "Unit": "share of the picks of a layer, as a multiple of an even spread (logarithmic colours)",
+            "n": how_many(t),
+            "Interval and p-value": "of the specialty, per cell, in the table and the CSV; q: Benjamini-Hochberg",
+        },
+        ("specialty.csv",),
+        tables,
+    )
+
+
+def matrix(t: Tables) -> Section:
+    assert t.pairs is not None
+    pairs = ranked(t.of(t.pairs))
+    unit = pairs["unit"].iloc[0]
+    words = [
+        f"Each cell compares two {t.noun}s: 0 means that their tokens go to the same experts equally often, ln 2 ="
+        " 0.693 nats that they share no expert. The number is the mean over the layers of the Jensen-Shannon"
+        f" divergence, corrected for the finite number of documents. {t.noun.capitalize()}s with similar routing"
+        " stand side by side. A grey cell could be noise: shuffling the documents between the two gives as large a"
+        " value in 5 % of the cases or more.",
+        f"In {bold(t.last)}, {extremes(pairs)} {counted(t, pairs)}",
+    ]
+    order = plots.tree_order(t.of(t.pairs))
+    table = t.pairs.assign(above_floor=above_floor(t.pairs))
+    return Section(
+        "divergence",
+        f"How different the {t.noun}s are",
+        words,
+        plots.divergence_matrix(t.pairs, order),
+        f"Matrix of the divergence of every two {t.noun}s",
+        {
+            "Unit": f"{unit}, mean over {len(t.runs[0].layers)} layers",
+            "n": how_many(t),
+            "Interval": RESAMPLED,
+            "Noise floor": floors(pairs),
+        },
+        ("divergence.csv", "divergence_by_layer.csv"),
+        [(f"Table: {len(table)} pairs with interval and noise floor", table)],
+    )
+
+
+def curves(t: Tables) -> Section:
+    assert t.differentiation is not None
+    table = t.differentiation
+    per_layer = t.of(table[table["layer"] != "mean"])
+    values = best_value(per_layer)
+    most, least = per_layer.loc[values.idxmax()], per_layer.loc[values.idxmin()]
+    words = [
+        "Expert differentiation of a layer is the mean divergence over all"
+        f" {len(t.groups) * (len(t.groups) - 1) // 2} pairs of {t.noun}s: the higher, the more the layer sends"
+        f" different {t.noun}s to different experts. The band is the 95 % interval; the dashed line is the noise"
+        f" floor, which a layer that does not tell the {t.noun}s apart stays below in 95 % of the cases.",
+    ]
+    if len(per_layer) > 1:
+        words.append(
+            f"In {bold(t.last)}, layer {most['layer']} separates the {t.noun}s most ({measured(most)}), layer"
+            f" {least['layer']} least ({measured(least)})."
+        )
+    means = [f"{bold(row['run'])} {measured(row)}" for _, row in table[table["layer"] == "mean"].iterrows()]
+    words.append(f"Mean over layers: {'; '.join(means)}.")
+    docs, tokens = per_layer[["docs", "tokens"]].iloc[0]
+    return Section(
+        "layers",
+        "Where in the model they differ",
+        words,
+        plots.differentiation_curves(table),
+        "Expert differentiation by layer, a line per run",
+        {
+            "Unit": f"{most['unit']}, mean over pairs",
+            "n": f"{docs:,} documents, {tokens:,} tokens in {t.last}",
+            "Interval": RESAMPLED,
+            "Noise floor": floors(per_layer),
+        },
+        ("differentiation.csv",),
+        [("Table: differentiation by layer", table)],
+    )
+
+
+def stages(t: Tables) -> Section:
+    title = "What each stage of training changed" if len(t.names) != 2 else "What changed between the runs"
+    table = t.decomposition
+    if table is None:
+        return Section("stages", title, [safe(t.notes["decomposition"])])
+    means = table[table["layer"] == "mean"]
+    words = [
+        f"A bar is the change of expert differentiation (the mean over pairs of {t.noun}s and over layers) from one"
+        " run to the next; above 0, the experts moved apart. The runs are paired: each document is compared with"
+        " itself. The two panels are two ways to average, which cannot be mixed: the mean of the divergence, and"
+        " the mean of its square root, the distance.",
+        growth(t),
+    ]
+    if len(t.names) == 3:
+        words.append(
+            f"The runs are taken in the order given: {bold(t.names[0])} (base), {bold(t.names[1])} (CPT, continued"
+            f" pretraining), {bold(t.names[2])} (SFT, fine-tuning). A share of the total is only meaningful where the"
+            " total is clearly above 0; its interval says so."
+        )
+    names = [f"{before} → {after}" for before, after in zip(t.names, t.names[1:], strict=False)]
+    return Section(
+        "stages",
+        title,
+        words,
+        plots.decomposition_bars(means, names),
+        "Change of expert differentiation from run to run",
+        {
+            "Unit": "nats for the divergence, the square root of nats for the distance",
+            "n": f"{int(means['docs'].iloc[0]):,} documents, the same in every run",
+            "Interval": "95 %, jackknife over documents, paired; of the shares: Fieller",
+            "p-value": "each document's two runs swapped at random: "
+            + ", ".join(
+                f"{name} {p_value(p)}"
+                for name, p in zip(names, means[means["convention"] == "divergence"]["p_value"], strict=True)
+            ),
+        },
+        ("decomposition.csv",),
+        [("Table: both conventions", means)],
+    )
+
+
+def tree(t: Tables) -> Section:
+    assert t.pairs is not None
+    title = f"Which {t.noun}s are alike"
+    if len(t.groups) < 3:
+        return Section("tree", title, [f"A tree needs at least three {t.noun}s; these documents have two."])
+    pairs = ranked(t.of(t.pairs))
+    near = pairs.iloc[-1]
+    words = [
+        f"{t.noun.capitalize()}s that are routed alike are joined on the left, at their divergence; a long"
+        f" horizontal line is a {t.noun}, or a family of them, that keeps experts of its own. The tree is a summary"
+        " of the matrix above (average linkage) and says nothing that the matrix does not.",
+        f"In {bold(t.last)}, the first to be joined are {bold(near['a'])} and {bold(near['b'])}, at {measured(near)}.",
+    ]
+    if len(t.names) > 1:
+        words[0] += " All runs share one scale: longer branches mean experts further apart."
+    return Section(
+        "tree",
+        title,
+        words,
+        plots.task_tree(t.pairs),
+        f"Tree of the {t.noun}s by divergence",
+        {"Unit": f"{near['unit']}, mean over layers", "n": how_many(t), "Interval": "none: see the matrix"},
+        ("divergence.csv",),
+    )
+
+
+def paths(t: Tables) -> Section:
+    title = "Paths through the layers"
+    if t.flow is None:
+        return Section("paths", title, [without_tokens(t)])
+    drawn = pd.concat([strongest(t.of(t.flow, name)) for name in t.names], ignore_index=True)
+    mine = t.of(drawn)
+    first = mine.iloc[0]
+    words = [
+        "A token visits experts in every layer. A line is a step from an expert of one layer to an expert of the"
+        " next that is taken much more often than if the two layers chose independently: the darker, the stronger"
+        " the link (lift); the thicker, the more tokens take it. Chains of lines are paths that many tokens share."
+        f" Only the {len(mine)} steps of the largest lift among those that enough tokens take are drawn.",
+        f"In {bold(t.last)}, the strongest leads from expert {first['expert']} of layer {first['layer']} to expert"
+        f" {first['next_expert']} of layer {first['next_layer']}: {percent(first['share'])} of the tokens take it,"
+        f" {first['lift']:.1f} x{between(first['lift_low'], first['lift_high'], 1)} as many as independent choices"
+        " would give.",
+    ]
+    columns = [
+        "run",
+        "layer",
+        "expert",
+        "next_layer",
+        "next_expert",
+        "tokens",
+        "share",
+        "lift",
+        "lift_low",
+        "lift_high",
+    ]
+    return Section(
+        "paths",
+        title,
+        words,
+        plots.routes(drawn, t.runs[0].num_experts),
+        "Strongest steps from an expert of one layer to one of the next",
+        {
+            "Unit": "lift: observed over expected frequency, 1 = independent; share of the tokens",
+            "n": f"{int(t.sizes[t.sizes['run'] == t.last]['tokens'].sum()):,} tokens in {t.last}",
+            "Interval": "95 % of the lift, jackknife over blocks of documents, in the table",
+        },
+        ("flow.csv",),
+        [(f"Table: the {len(drawn)} steps that are drawn", drawn[columns])],
+    )
+
+
+def tokens(t: Tables, examples: pd.DataFrame, html: str) -> Section:
+    """One document per group, coloured."""
+    title = "Tokens and their experts"
+    if not len(examples):
+        return Section("tokens", title, [without_tokens(t)])
+    known = examples["text"].notna().all()
+    words = [
+        f"The beginning of one document of each {t.noun}. The colour of a token is the expert that the router of"
+        " the chosen layer ranks first for it; the seven experts most frequent in these examples have a colour,"
+        " the others are grey. Point at a token to read its expert. If one colour fills a whole document, the"
+        " expert follows the kind of text; if a colour follows a letter or a word, it follows the token.",
+    ]
+    if not known:
+        words.append("The numbers are token ids: the run does not say how to turn them into text.")
+    documents = len(examples[["run", "doc_id"]].drop_duplicates())
+    return Section(
+        "tokens",
+        title,
+        words,
+        facts={
+            "Unit": "first of the experts of a token",
+            "n": f"{documents} documents, {len(examples):,} tokens",
+            "Interval": "none: examples",
+        },
+        csv=("tokens.csv",),
+        extra=html,
+    )
+
+
+def balance(t: Tables) -> Section:
+    layers = len(t.runs[0].layers)
+    names = {
+        "docs": "documents",
+        "cv": "CV",
+        "max_vio": "MaxVio",
+        "gini": "Gini",
+        "dead_fraction": "dead fraction",
+        "entropy": "entropy, nats",
+        "effective_experts": "effective experts",
+    }
+    table = t.load.assign(effective_experts=effective(t.load))
+    means = table.groupby(["run", "group"], sort=False)[[*names][1:]].mean().reset_index()
+    every = t.sizes.merge(means, on=["run", "group"]).rename(columns=names)
+    words = [
+        "Effective experts is the number of equally used experts that would give the same entropy:"
+        f" {t.runs[0].num_experts} if a {t.noun} uses all alike, at least {t.runs[0].top_k}, since a token always"
+        f" picks {t.runs[0].top_k} different ones. Dark: few experts do all the work.",
+        spread(t),
+        "The table has the mean over layers of the other usual measures. <b>CV</b>: standard deviation of the load"
+        " over its mean. <b>MaxVio</b>: how much busier than the mean the busiest expert is (1 = twice the mean)."
+        " <b>Gini</b>: 0 if all experts are used alike, towards 1 if one does everything. <b>Dead fraction</b>:"
+        " experts never picked (the CSV has what chance alone would leave unpicked in a sample of this size)."
+        f" <b>Entropy</b>: in nats, at least ln {t.runs[0].top_k} = {math.log(t.runs[0].top_k):.2f}, at most ln"
+        f" {t.runs[0].num_experts} = {math.log(t.runs[0].num_experts):.2f}.",
+    ]
+    return Section(
+        "load",
+        "How evenly the experts are used",
+        words,
+        plots.effective_experts(table, t.runs[0].num_experts),
+        f"Effective experts by layer and {t.noun}",
+        {
+            "Unit": "experts; entropy in nats",
+            "n": how_many(t),
+            "Interval": f"{RESAMPLED}: per layer, in the CSV",
+        },
+        ("load.csv",),
+        [(f"Table: load by {t.noun}, mean over {layers} layers", every)],
+        open_tables=True,
+    )
+
+
+def method(t: Tables, permutations: int, seed: int) -> Section:
+    shuffled = (
+        f"Here: {permutations:,} shuffles, seed {seed}." if permutations else "Here no labels were shuffled: no floor."
+    )
+    lines = [line.replace("SHUFFLES", shuffled) for line in METHOD]
+    return Section(
+        "method", "How these numbers are made", [], extra=items(lines) + "<h3>References</h3>" + items(REFERENCES)
+    )

@@ -1,0 +1,170 @@
+"""Which experts a group of documents prefers."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .groups import Groups, RunLike, group
+from .resampling import Jackknife, benjamini_hochberg
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def specialty(run: RunLike, by: str = "task", *, pseudo_count: float = 0.5) -> "pandas.DataFrame":
+    """Log-specialty of every expert for every group: ln(p_t(e) / mean_t' p_t'(e)), within a layer.
+
+    It cannot exceed ln(number of groups), which an expert reaches that one group alone uses. The score is that of the
+    OmniGene-4 paper (analysis/25-layer_local_specialty.py), with a pseudo-count in place of its 1e-10, under which an
+    expert that a group never uses scores -20 or so whatever the sample.
+
+    Args:
+        run: an opened trace.
+        by: label that makes the groups.
+        pseudo_count: added to the picks of every expert in every group, > 0; 0.5 is Jeffreys' prior.
+
+    Returns:
+        a row per group, layer and expert: group, layer (decoder index), expert, picks, docs (documents of the group
+        with a pick), share (of the group's picks), mean_share (over groups), specialty, corrected, low, high (jackknife
+        over documents of all groups, 95 %; NaN if fewer than two documents of the group picked the expert), p_value
+        (two-sided: the group's picks against a random choice of as many documents from all groups; its first three
+        moments are exact, its tail is Pearson's type III, Mielke and Berry 2007), q_value (Benjamini-Hochberg over the
+        layers and experts of a group), ceiling (ln groups), unit.
+
+    Raises:
+        ValueError: no such label, fewer than two groups, or a pseudo-count that is not above 0.
+    """
+    import pandas as pd
+
+    if not pseudo_count > 0:
+        raise ValueError(f"pseudo_count: expected a number above 0, got {pseudo_count!r}.")
+    groups = group(run, by, minimum=2)
+    G, L, E = groups.sums.shape
+    estimate = Jackknife(_scores(groups.sums + pseudo_count))
+    for g in range(G):
+        estimate.stratum(_without(groups, g, pseudo_count))
+    using = np.stack([(groups.counts[rows] > 0).sum(0) for rows in groups.rows])
+    p = _p_values(groups)
+    q = np.stack([benjamini_hochberg(one) for one in p])
+    unsure = using < 2
+    grid = np.indices((G, L, E)).reshape(3, -1)
+    share = groups.probabilities
+    columns = {
+        "picks": groups.sums.astype(np.int64),
+        "docs": using,
+        "share": share,
+        "mean_share": np.broadcast_to(share.mean(0), share.shape),
+        "specialty": estimate.value,
+        "corrected": np.where(unsure, np.nan, estimate.corrected),
+        "low": np.where(unsure, np.nan, estimate.low),
+        "high": np.where(unsure, np.nan, estimate.high),
+        "p_value": p,
+        "q_value": q,
+    }
+    table = pd.DataFrame(
+        {
+            "group": np.array(groups.names, object)[grid[0]],
+            "layer": np.array(groups.layers)[grid[1]],
+            "expert": grid[2],
+            **{name: values.ravel() for name, values in columns.items()},
+        }
+    )
+    return table.assign(ceiling=float(np.log(G)), unit="nats")
+
+
+def domain(run: RunLike, by: str = "task") -> "pandas.DataFrame":
+    """Domain specialisation (OLMoE, arXiv 2409.02060, section 5.3): the share of a domain's tokens an expert gets.
+
+    Args:
+        run: an opened trace.
+        by: label whose values are the domains.
+
+    Returns:
+        a row per group, layer and expert: group, layer (decoder index), expert, specialisation (tokens routed to the
+        expert among any of its K picks / tokens), low, high (jackknife over documents, 95 %), uniform (K / E), picks,
+        tokens, docs, unit.
+
+    Raises:
+        ValueError: no such label.
+    """
+    import pandas as pd
+
+    groups, frames = group(run, by), []
+    _, L, E = groups.sums.shape
+    for g, name in enumerate(groups.names):
+        tokens = groups.sums[g].sum(-1, keepdims=True) / groups.top_k
+        estimate = Jackknife(groups.sums[g] / tokens).stratum(_rates(groups, g))
+        grid = np.indices((L, E)).reshape(2, -1)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "group": name,
+                    "layer": np.array(groups.layers)[grid[0]],
+                    "expert": grid[1],
+                    "specialisation": estimate.value.ravel(),
+                    "low": estimate.low.ravel(),
+                    "high": estimate.high.ravel(),
+                    "uniform": groups.top_k / E,
+                    "picks": groups.sums[g].ravel().astype(np.int64),
+                    "tokens": np.broadcast_to(tokens, (L, E)).ravel().round().astype(np.int64),
+                    "docs": groups.docs[g],
+                    "unit": "share of tokens",
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _rates(groups: Groups, g: int) -> Iterator[NDArray[np.float64]]:
+    for left in groups.without_one(g):
+        with np.errstate(invalid="ignore"):
+            yield left * groups.top_k / left.sum(-1, keepdims=True)
+
+
+def _scores(smoothed: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[G, L, E] smoothed counts to log-specialties."""
+    share = smoothed / smoothed.sum(-1, keepdims=True)
+    return np.asarray(np.log(share) - np.log(share.mean(0)))
+
+
+def _without(groups: Groups, g: int, pseudo_count: float) -> Iterator[NDArray[np.float64]]:
+    """[n, G, L, E] scores with each document of group g left out; one chunk of documents at a time."""
+    smoothed = groups.sums + pseudo_count
+    share = smoothed / smoothed.sum(-1, keepdims=True)
+    logs, mean = np.log(share), share.mean(0)
+    for chunk in groups.without_one(g):
+        step = max(1, len(chunk) // len(share))  # a chunk grows G-fold here
+        for start in range(0, len(chunk), step):
+            left = chunk[start : start + step] + pseudo_count
+            left = left / left.sum(-1, keepdims=True)
+            centre = np.log(mean + (left - share[g]) / len(share))
+            scores = logs - centre[:, None]
+            scores[:, g] = np.log(left) - centre
+            yield scores
+
+
+def _p_values(groups: Groups) -> NDArray[np.float64]:
+    """[G, L, E] two-sided p of a group's picks under a random choice of its documents from those of all groups."""
+    from scipy import stats
+
+    rows = np.concatenate(groups.rows)
+    N = len(rows)
+    picks = groups.counts[rows].sum(-1, dtype=np.int64)  # [D, L]
+    rate = groups.sums.sum(0) / picks.sum(0)[:, None]
+    second, third = np.zeros_like(rate), np.zeros_like(rate)
+    for row, total in zip(rows, picks, strict=True):
+        excess = groups.counts[row] - rate * total[:, None]  # over documents their mean is 0
+        second += excess**2 / N
+        third += excess**3 / N
+    out = np.ones_like(groups.sums)
+    for g, size in enumerate(groups.docs):
+        observed = groups.sums[g] - rate * groups.sums[g].sum(-1, keepdims=True)
+        variance = size * (N - size) / (N - 1) * second
+        skew = size * (N - size) * (N - 2 * size) / ((N - 1) * max(N - 2, 1)) * third
+        some = variance > 1e-9 * np.maximum(rate, 1e-300)
+        deviation = np.sqrt(variance[some])
+        z, shape = observed[some] / deviation, skew[some] / deviation**3
+        out[g][some] = np.minimum(1, 2 * np.minimum(stats.pearson3.sf(z, shape), stats.pearson3.cdf(z, shape)))
+    return out

@@ -1,0 +1,74 @@
+"""Single documents, pair by pair."""
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import jensenshannon
+
+from omnigene_fast import analysis
+
+from .synthetic import Memory, documents, skewed
+
+
+def paired(rng, pairs=40, tokens=30, experts=16, top_k=2, like=1.0, apart=0.0, tasks=2):
+    """Two documents a pair with experts of a common direction; `like`: its strength; `apart`: that of the task."""
+    base = skewed(rng, 1, 1, experts)
+    task = np.repeat(rng.standard_normal((tasks, 1, 1, experts)), pairs // tasks, 0)
+    own = like * rng.standard_normal((pairs, 1, 1, experts))
+    p = np.repeat(base * np.exp(apart * task + own), 2, 1).reshape(2 * pairs, 1, experts)
+    p /= p.sum(-1, keepdims=True)
+    # picks of a token are distinct: Gumbel top-k
+    scores = np.log(p)[:, None] + rng.gumbel(size=(2 * pairs, tokens, 1, experts))
+    ids = np.argsort(-scores, -1)[..., :top_k]
+    counts = (ids[..., None] == np.arange(experts)).sum((1, 3)).astype(np.int32)
+    table = documents(np.repeat([f"t{t}" for t in range(tasks)], 2 * pairs // tasks), [tokens] * (2 * pairs))
+    return Memory(counts, table.assign(pair=np.repeat([f"p{i}" for i in range(pairs)], 2)), top_k)
+
+
+def test_mean_over_pairs_is_scipys():
+    run = paired(np.random.default_rng(0))
+    table = analysis.pairwise(run, permutations=50, cross=10**6).set_index("kind")
+    share = run.counts[:, 0] / run.counts[:, 0].sum(-1, keepdims=True)
+    assert table.loc["pair", "js"] == pytest.approx(np.mean(jensenshannon(share[::2], share[1::2], axis=1) ** 2))
+    cross = [jensenshannon(a, b) ** 2 for a in share[:40] for b in share[40:]]
+    assert table.loc["cross", "js"] == pytest.approx(np.mean(cross))
+    assert (table.loc["pair", "pairs"], table.loc["cross", "pairs"]) == (40, 1600)
+    assert set(table["unit"]) == {"nats"}
+
+
+def test_a_pair_of_equal_routing_is_at_the_floor_and_others_are_not():
+    rng = np.random.default_rng(1)
+    table = analysis.pairwise(paired(rng, pairs=200), permutations=200).set_index("kind")
+    pair, cross = table.loc["pair"], table.loc["cross"]
+    assert pair["js"] > 0.02  # of noise alone
+    assert pair["low"] < 0 < pair["high"]
+    assert pair["p_value"] < 0.02  # pairs are alike
+    assert pair["js"] < 0.5 * pair["repaired"]
+    assert cross["low"] > 0.05
+
+
+def test_re_pairing_is_uniform_when_pairs_mean_nothing():
+    rng = np.random.default_rng(2)
+    found = [
+        analysis.pairwise(paired(rng, pairs=20, like=0.0), by=None, permutations=99, seed=seed)["p_value"][0]
+        for seed in range(200)
+    ]
+    assert 0.02 <= np.mean(np.array(found) <= 0.1) <= 0.17
+    assert abs(np.mean(found) - 0.5) < 0.08
+
+
+def test_fewer_tokens_raise_js_and_floor_together():
+    rng = np.random.default_rng(3)
+    few, many = (analysis.pairwise(paired(rng, 100, tokens), permutations=0, by=None).iloc[0] for tokens in (15, 150))
+    assert few["js"] > 4 * many["js"]
+    assert few["floor"] > 4 * many["floor"]
+    assert abs(few["corrected"]) < 0.2 * few["js"]
+
+
+def test_pairs_of_other_sizes_are_refused():
+    run = paired(np.random.default_rng(4))
+    run.documents.loc[0, "pair"] = "p1"
+    with pytest.raises(ValueError, match="exactly two documents"):
+        analysis.pairwise(run)
+    run.documents["pair"] = None
+    with pytest.raises(ValueError, match="got none"):
+        analysis.pairwise(run)

@@ -1,0 +1,318 @@
+"""The report: what it says, that a browser draws it, that data stay data."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from omnigene_fast.analysis import plots, report_sections
+from omnigene_fast.analysis.coactivation import flow
+from omnigene_fast.analysis.decomposition import decompose
+from omnigene_fast.analysis.divergence import differentiation, divergence, divergence_summary
+from omnigene_fast.analysis.load import load
+from omnigene_fast.analysis.report import report
+from omnigene_fast.analysis.report_page import in_script, number, safe
+from omnigene_fast.analysis.specialty import specialty
+from omnigene_fast.tracing.run import open_trace
+from omnigene_fast.tracing.store import Writer
+
+from .audited import KIN, audited
+from .browser import look
+
+SETTINGS = {"permutations": 19, "progress": False}
+FIGURES = ["experts", "divergence", "layers", "stages", "tree", "paths", "load"]
+STAGES = (("base", 0.5), ("cpt", 1.0), ("sft", 1.1))
+
+
+def runs(count=3, **settings):
+    return [audited(name, strength=strength, **settings) for name, strength in STAGES[:count]]
+
+
+def section(text, anchor):
+    return re.search(rf'<section id="{anchor}">.*?</section>', text, re.DOTALL).group()
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory):
+    """Base, CPT and SFT over the twelve families."""
+    folder = tmp_path_factory.mktemp("twelve")
+    return report(
+        runs(groups=tuple(KIN), documents=3, layers=5, experts=32, top_k=4), folder / "audit.html", **SETTINGS
+    )
+
+
+@pytest.mark.parametrize("width", [1440, 800])
+def test_a_browser_draws_every_figure(twelve, width, tmp_path):
+    seen = look(twelve, width, tmp_path, audit=True)
+    seen.assert_sound(len(FIGURES))
+    assert list(seen.plots) == [f"plot-{name}" for name in FIGURES]
+    assert seen.faults == []
+    assert int(seen.body["data-painted"]) > 0
+
+
+def test_the_browser_check_sees_what_is_broken(tmp_path, monkeypatch):
+    import plotly.graph_objects as go
+
+    nothing = go.Figure(go.Scatter(x=[], y=[]), layout={"height": 200})
+    crowded = go.Figure(go.Scatter(x=[1, 2], y=[1, 2]), layout={"height": 300})
+    for words in ("one above", "the other"):
+        crowded.add_annotation(text=words, x=1.5, y=1.5, showarrow=False)
+    monkeypatch.setattr(plots, "task_tree", lambda table: nothing)
+    monkeypatch.setattr(plots, "differentiation_curves", lambda table: crowded)
+    path = report(runs(1), tmp_path / "broken.html", **SETTINGS)
+    text = path.read_text()
+    path.write_text(text.replace('{"data":', '{"data":!', 1))
+    seen = look(path, 800, tmp_path, audit=True)
+    with pytest.raises(AssertionError):
+        seen.assert_sound(6)
+    assert seen.body["data-rendered"] == "4/6"
+    assert len(seen.errors) == 2
+    assert "plot-experts" in seen.errors[0]
+    assert "plot-tree" in seen.errors[1]
+    assert any("one above" in fault and "the other" in fault for fault in seen.faults)
+
+
+def test_labels_names_and_texts_stay_text(tmp_path):
+    owned = "document.body.dataset.owned=1"
+    hostile = [
+        "<script>alert(1)</script>",
+        '"></svg><svg onload=' + owned + ">",
+        "../../x",
+        "';DROP TABLE tokens;--",
+        f"</script><script>{owned}</script>",
+        f'<a href="javascript:{owned}">%{{x}} $x^2$</a>',
+        "=1+1&lt;b&gt;",
+    ]
+    run = audited(groups=hostile, documents=2)
+    other = audited(groups=hostile, documents=2, strength=0.2)
+    run.name, other.name = f"<img src=x onerror={owned}>", "../../evil"
+    run.meta |= {"model": f"<img src=x onerror={owned}>", "versions": {"<i>": "</script>"}, "created": "<u>"}
+    texts = {token: f"<img src=y onerror={owned}>" for token in range(300)}
+    path = report([other, run], tmp_path / "in" / "hostile.html", texts=texts, **SETTINGS)
+    assert {one.relative_to(tmp_path).parts[0] for one in tmp_path.rglob("*")} == {"in"}
+    assert {one.name for one in path.parent.iterdir()} == {"hostile.html", "hostile_data"}
+    assert all(re.fullmatch("[a-z_]+[.]csv", one.name) for one in (path.parent / "hostile_data").iterdir())
+    seen = look(path, 800, tmp_path, audit=True)  # the copy has no policy: escaping alone protects it
+    assert "data-owned" not in seen.body
+    seen.assert_sound(len(FIGURES))
+    assert seen.faults == []
+    assert seen.scripts == len(FIGURES) + 5  # specs; what is painted; plotly, drawing, painting; the audit
+    for label in hostile:
+        assert label in seen.text
+    assert set(pd.read_csv(path.parent / "hostile_data" / "load.csv")["group"]) == set(hostile)
+
+
+def test_nothing_is_loaded_from_elsewhere(twelve, tmp_path):
+    text = twelve.read_text()
+    head = text[: text.index("<body>")]
+    assert "default-src 'none'" in head
+    assert "unsafe-inline'; img" in head  # styles alone
+    assert "script-src 'sha256-" in head
+    assert not re.search(r"<(script|img|iframe|link)[^>]*\s(src|href)=", text.replace("\n", " ")[: len(head) + 200])
+    look(twelve, 800, tmp_path).assert_sound(len(FIGURES))  # under its own policy
+    markup = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert set(re.findall(r'(?:src|href)="(https?://[^/"]+)', markup)) == {"https://arxiv.org"}
+
+
+def test_csv_files_equal_the_tables(tmp_path):
+    three = runs()
+    path = report(three, tmp_path / "a b.html", seed=3, **SETTINGS)
+    folder = tmp_path / "a b_data"
+    many = {"permutations": 19, "seed": 3}
+    expected = {
+        "load": lambda run: load(run),
+        "specialty": lambda run: specialty(run),
+        "divergence": lambda run: divergence_summary(run, **many),
+        "divergence_by_layer": lambda run: divergence(run, permutations=0).dropna(axis=1, how="all"),
+        "differentiation": lambda run: differentiation(run, **many),
+        "flow": lambda run: flow(run).assign(share=lambda t: t["tokens"] / run.documents["n_tokens"].sum()),
+    }
+    for name, measure in expected.items():
+        table = pd.concat([measure(run).assign(run=run.name) for run in three], ignore_index=True)
+        table = table[["run", *table.columns[:-1]]]
+        found = pd.read_csv(folder / f"{name}.csv")
+        pd.testing.assert_frame_equal(found, _as_read(table), check_dtype=False, rtol=1e-14)
+    found = pd.read_csv(folder / "decomposition.csv")
+    table = decompose(*three, per_layer=True, **many)
+    pd.testing.assert_frame_equal(found, _as_read(table), check_dtype=False, rtol=1e-14)
+    links = set(re.findall(r'href="(a%20b_data/[^"]+)"', path.read_text()))
+    assert links == {f"a%20b_data/{one.name}" for one in folder.iterdir() if one.name != "sizes.csv"}
+
+
+def _as_read(table):
+    return table.assign(layer=table["layer"].astype(str)) if table.get("layer", pd.Series(0)).dtype == object else table
+
+
+def test_words_carry_the_numbers(twelve):
+    text = twelve.read_text()
+    pairs = pd.read_csv(twelve.parent / "audit_data" / "divergence.csv")
+    pairs = pairs[pairs["run"] == "sft"].sort_values("corrected")
+    for row in (pairs.iloc[0], pairs.iloc[-1]):
+        words = (
+            f"<b>{row['a']}</b> and <b>{row['b']}</b>, {row['corrected']:.3f} nats [{row['low']:.3f},"
+            f" {row['high']:.3f}], noise floor {row['floor_95']:.3f}"
+        )
+        assert words in section(text, "divergence")
+        assert words in text[: text.index("<nav")]  # the key findings
+    above = int((pairs["js"] > pairs["floor_95"]).sum())
+    assert f"{'All' if above == 66 else above} of the 66 pairs of tasks are above their noise floor" in text
+    findings = re.search("<div class='card findings'>.*?</div>", text, re.DOTALL).group()
+    assert 3 <= findings.count("<li>") <= 6
+    for anchor in FIGURES:
+        part = section(text, anchor)
+        assert "<dt>Unit</dt>" in part
+        assert "<dt>n</dt>" in part
+        assert "<dt>Interval" in part
+        assert "<dt>Data</dt>" in part
+
+
+def test_a_pair_below_its_floor_is_said_to_be(tmp_path):
+    """Three groups of the same counts: no pair differs, and the corrected values are below 0."""
+    run = audited(groups=("a", "b", "c"), documents=8)
+    run.counts = np.concatenate([run.counts[:8]] * 3)
+    text = report(run, tmp_path / "same.html", permutations=199, progress=False).read_text()
+    assert "None of the 3 pairs of tasks are above their noise floor." in text
+    spec = json.loads(re.search(r'class="spec">(.*?)</script>', section(text, "divergence")).group(1))
+    assert [trace["name"] for trace in spec["data"]] == ["base, not above the floor"]
+    assert "No expert of <b>base</b> is preferred" in text
+
+
+def test_two_runs_show_the_change(tmp_path):
+    text = report(runs(2), tmp_path / "two.html", **SETTINGS).read_text()
+    part = section(text, "stages")
+    table = decompose(*runs(2), runs(2)[1], permutations=19).query("stage == 'd_cpt' and convention == 'divergence'")
+    row = table.iloc[0]
+    change = f"from <b>base</b> to <b>cpt</b> by {row['corrected']:.3f} nats [{row['low']:.3f}, {row['high']:.3f}]"
+    assert change in part
+    assert "SFT" not in part
+    assert "d_sft" not in part
+
+
+def test_runs_that_cannot_be_paired_are_shown_without_a_change(tmp_path):
+    text = report([*runs(1), audited("later", documents=9)], tmp_path / "two.html", **SETTINGS).read_text()
+    assert "cannot be paired by document" in section(text, "stages")
+    assert 'class="plot"' not in section(text, "stages")
+
+
+def test_one_run_one_task_no_tokens(tmp_path):
+    """What is missing is a sentence, never an empty figure."""
+    run = audited(groups=("protein",))
+    run.record, run.iter_documents, run.batches = (), None, None
+    path = report(run, tmp_path / "one.html", **SETTINGS)
+    text = path.read_text()
+    for anchor in ("divergence", "layers", "stages", "tree"):
+        assert "at least two values of the label" in section(text, anchor)
+    for anchor in ("paths", "tokens"):
+        assert "no records of tokens" in section(text, anchor)
+    look(path, 800, tmp_path).assert_sound(2)
+    assert {one.name for one in (tmp_path / "one_data").iterdir()} == {"load.csv", "sizes.csv", "specialty.csv"}
+
+
+def test_two_tasks_of_one_document_each(tmp_path):
+    """Nothing to leave out, so no interval: said, and no NaN on the page."""
+    run = audited(groups=("protein", "cell"), documents=1)
+    text = report(run, tmp_path / "thin.html", **SETTINGS).read_text()
+    assert "one document in a group: no interval" in text
+    assert "a tree needs at least three" in section(text, "tree").lower()
+    assert not re.search(r">[^<]*\bnan\b", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL), re.IGNORECASE)
+
+
+def test_no_permutations_no_floor(tmp_path):
+    text = report(runs(1), tmp_path / "r.html", permutations=0, progress=False).read_text()
+    assert "No noise floor was computed (permutations=0)." in text
+    assert "Here no labels were shuffled" in section(text, "method")
+
+
+def test_tokens_are_shown_as_bytes_texts_or_ids(tmp_path):
+    run = audited(groups=("protein", "cell"), documents=2)
+    run.records.token[:2] = [3 + 10, 3 + 0xC3]
+    part = section(report(run, tmp_path / "r.html", **SETTINGS).read_text(), "tokens")
+    assert "<i>⏎</i><i>\\xc3</i>" in part
+    first = [chr(token - 3) for token in run.records.token[2:10]]
+    assert "".join(f"<i>{letter}</i>" for letter in first) in part
+    told = section(report(run, tmp_path / "r.html", texts=lambda i: f"w{i}", **SETTINGS).read_text(), "tokens")
+    assert "".join(f"<i>w{token}</i>" for token in run.records.token[:10]) in told
+    del run.meta["tokenizer"]
+    ids = section(report(run, tmp_path / "r.html", **SETTINGS).read_text(), "tokens")
+    assert "".join(f"<i>{token}</i>" for token in run.records.token[:10]) in ids
+    assert "The numbers are token ids" in ids
+
+
+def test_the_expert_of_a_token_is_the_first_of_its_document_and_layer(tmp_path):
+    run = audited(documents=3)
+    report(run, tmp_path / "r.html", **SETTINGS)
+    table = pd.read_csv(tmp_path / "r_data" / "tokens.csv")
+    assert list(table.drop_duplicates("doc_id")["group"]) == ["dna_coding", "protein", "text_general"]
+    for doc, rows in table.groupby("doc_id"):
+        mine = run.records.take(run.records.doc == doc)
+        assert (rows["token_id"].to_numpy() == mine.token[: len(rows)]).all()
+        columns = [f"layer_{layer}" for layer in run.layers]
+        assert (rows[columns].to_numpy() == mine.ids[:, : len(rows), 0].T).all()
+
+
+def test_a_stored_run_gives_the_report_of_the_same_run_in_memory(tmp_path):
+    """Several segments, a document across two of them, labels with quotes."""
+    run = audited(groups=("it's", 'a "cell"', "<i>"), documents=4)
+    with Writer(tmp_path / "base", run.meta) as writer:
+        for start in range(0, len(run.records), 90):
+            part = run.records.take(slice(start, start + 90))
+            labels = {int(doc): {"task": run.documents["task"][doc]} for doc in np.unique(part.doc)}
+            writer.add(part, labels, {doc: run.documents["text_hash"][doc] for doc in labels})
+            writer.commit()
+    report(run, tmp_path / "memory.html", **SETTINGS)
+    path = report(open_trace(tmp_path / "base"), tmp_path / "stored.html", **SETTINGS)
+    for name in ("tokens", "divergence", "load", "flow", "specialty"):
+        expected, found = (pd.read_csv(tmp_path / f"{kind}_data" / f"{name}.csv") for kind in ("memory", "stored"))
+        pd.testing.assert_frame_equal(found, expected)
+    assert str(tmp_path / "base") in path.read_text()
+
+
+def test_what_is_asked_wrongly(tmp_path):
+    with pytest.raises(ValueError, match=r"by: expected one of the labels \['task'\]"):
+        report(runs(1), tmp_path / "r.html", by="species", **SETTINGS)
+    with pytest.raises(ValueError, match="runs: expected at least one run"):
+        report([], tmp_path / "r.html", **SETTINGS)
+    with pytest.raises(ValueError, match="same values of 'task'"):
+        report([audited(), audited(groups=("cell", "code"))], tmp_path / "r.html", **SETTINGS)
+    with pytest.raises(ValueError, match="layers, experts and top-k"):
+        report([audited(), audited(layers=3)], tmp_path / "r.html", **SETTINGS)
+    with pytest.raises(ValueError, match=r"out: expected the name of an \.html file"):
+        report(runs(1), tmp_path / "r.pdf", **SETTINGS)
+    with pytest.raises(ValueError, match="permutations: expected an integer"):
+        report(runs(1), tmp_path / "r.html", permutations=-1, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "r.html"
+    path.write_text("old")
+    monkeypatch.setattr(report_sections, "balance", lambda tables: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report(runs(1), path, **SETTINGS)
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    report(runs(1), path, **SETTINGS)
+    assert path.read_text().startswith("<!DOCTYPE html>")
+    assert not list(tmp_path.rglob("*.new"))
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    report([audited("x"), audited("x", strength=0.4)], tmp_path / "r.html", **SETTINGS)
+    assert list(pd.read_csv(tmp_path / "r_data" / "sizes.csv")["run"].unique()) == ["x", "x (2)"]
+
+
+def test_escaping():
+    assert safe('<a href="\'">&') == "&lt;a href=&quot;&#x27;&quot;&gt;&amp;"
+    text = in_script({"a": "</script><!--\u2028&"})
+    assert not set(text) & set("<>&\u2028")
+    assert json.loads(text) == {"a": "</script><!--\u2028&"}
+    assert [number(value) for value in (np.int64(12345), 0.123456, float("nan"), None, "a", 2.0)] == [
+        "12,345",
+        "0.1235",
+        "",
+        "",
+        "a",
+        "2",
+    ]
