@@ -7,6 +7,7 @@ dense MLP and router.proj, the embedding trained in full, experts frozen, gradie
     python examples/train_lora.py --model CKPT --data my.jsonl --steps 500 --out adapter
     python examples/train_lora.py --model CKPT --data qa.jsonl --answer-only        columns "prompt" and "response"
     python examples/train_lora.py --stock --expert-lora              LoRA on the experts too
+    python examples/train_lora.py --router-every 10                  how evenly the experts are loaded, as it trains
 
 --stock trains the same model on the same batches without the accelerator too, and compares.
 """
@@ -62,12 +63,15 @@ def main() -> None:
             seed=options.seed,
         )
         pad = PAD if tokenizer is None else tokenizer.pad_token_id
-        runs[name] = train(model, samples, plan, pad=pad, title=name)
+        watch = [omnigene_fast.RouterTraceCallback(options.router_every)] if options.router_every else []
+        runs[name] = train(model, samples, plan, pad=pad, title=name, callbacks=watch)
         if options.out and name == "accelerated":
             model.save_pretrained(options.out)
             print(f"adapter: {options.out} (PeftModel.from_pretrained(base, {str(options.out)!r}))")
         del model
     report(dict(sorted(runs.items(), reverse=True)))
+    if options.router_every:
+        report_load(runs["accelerated"])
     if options.out:
         picture(runs, options.out / "loss.png")
 
@@ -198,6 +202,16 @@ def report(runs: dict[str, Run]) -> None:
             print("memory on the CPU is growth of the process, with what oneDNN keeps for the shapes that it has met")
 
 
+def report_load(run: Run) -> None:
+    """How evenly the experts were loaded, step by step: what the callback gives to any of Trainer's loggers."""
+    names = ("max_vio_mean", "cv_p50", "dead_fraction", "effective_experts", "tokens")
+    print("\nload of the experts (MaxVio: busiest over mean, minus 1; CV: spread over mean), over layers")
+    print(f"\n  {'step':>6}" + "".join(f"{name:>19}" for name in names))
+    for log in run.logs:
+        if "router/entropy" in log:
+            print(f"  {log['step']:>6}" + "".join(f"{log[f'router/{name}']:>19,.4g}" for name in names))
+
+
 def difference(runs: dict[str, Run]) -> float:
     """The largest relative difference between the two loss curves."""
     pairs = zip(runs["stock"].losses, runs["accelerated"].losses, strict=True)
@@ -238,6 +252,7 @@ def arguments() -> argparse.Namespace:
     add("--save", choices=("preactivation", "input"), default="preactivation", help="what the experts' backward keeps")
     for name, default in (("steps", 30), ("batch", 4), ("accumulate", 1), ("length", 256), ("rank", 64)):
         add(f"--{name}", type=positive, default=default, help=f"default: {default}")
+    add("--router-every", type=positive, help="steps between two measurements of the experts' load; none by default")
     add("--alpha", type=positive, help="of LoRA (default: twice the rank)")
     add("--lr", type=float, help="learning rate, constant after 5 steps (default: 2e-4; 2e-3 for the random model)")
     add("--optimizer", default="adamw_torch", help="as TrainingArguments' optim, e.g. paged_adamw_8bit")

@@ -48,6 +48,7 @@ class Run:
     tokens: int = 0  # that were timed, padding left out
     seconds: float = 0.0  # without the first step, which warms up
     peak: int | None = None  # bytes beyond the model's own
+    logs: list[dict[str, float]] = field(default_factory=list)  # of Trainer, where a callback asked for one
 
     @property
     def speed(self) -> float:
@@ -72,10 +73,18 @@ def collate(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
     return {"input_ids": padded("input_ids", pad), "attention_mask": mask, "labels": padded("labels", IGNORED)}
 
 
-def train(model: Any, samples: Sequence[Sample], plan: Plan, *, pad: int, title: str) -> Run:
+def train(
+    model: Any,
+    samples: Sequence[Sample],
+    plan: Plan,
+    *,
+    pad: int,
+    title: str,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Run:
     """Train what requires a gradient in `model`, in place, and measure.
 
-    The order of the samples depends on `plan.seed` alone. `title` labels the progress bar.
+    The order of the samples depends on `plan.seed` alone. `title` labels the progress bar; `callbacks` are Trainer's.
     """
     device = next(model.parameters()).device
     run = Run()
@@ -110,11 +119,12 @@ def train(model: Any, samples: Sequence[Sample], plan: Plan, *, pad: int, title:
             args=arguments,
             train_dataset=list(samples),
             data_collator=lambda rows: collate(rows, pad),
-            callbacks=[_Watch(run, plan, device, bar)],
+            callbacks=[_Watch(run, plan, device, bar), *callbacks],
         )
         trainer.measured = run
         trainer.remove_callback(PrinterCallback)  # we print
         run.peak = peak_bytes(trainer.train, device)
+        run.logs = trainer.state.log_history
     return run
 
 
