@@ -66,6 +66,7 @@ def trace_report(path: Path) -> str:
             "run",
             [
                 ("tokens", f"{int(documents['n_tokens'].sum()):,}"),
+                ("dropped", f"{run.dropped:,}"),
                 ("documents", f"{len(documents):,}"),
                 ("layers", shape),
                 ("kept", ", ".join(("counts", *run.record))),

@@ -115,7 +115,7 @@ def test_audit_traces_and_reports(tmp_path, capsys):
         assert run.documents.groupby("task").size().to_dict() == dict.fromkeys(FAMILIES, LESSON.traced)
     assert (runs[0].counts != runs[1].counts).any()
     assert (runs[0].documents["text_hash"] == runs[1].documents["text_hash"]).all()
-    shown = [float(row.split()[1]) for row in out.splitlines() if row.split()[:1] == ["mean"]]
+    shown = [float(row) for row in re.findall(r"^ +mean +(\d\.\d+) \[", out, re.MULTILINE)]
     mean = omnigene_fast.analysis.differentiation(runs[0]).iloc[-1]
     assert shown == [pytest.approx(mean["corrected"], abs=6e-4)]
     with pytest.raises(FileExistsError, match="expected a directory that does not exist yet"):

@@ -45,7 +45,7 @@ def test_paths_in_the_layout_exist():
 
 def test_examples_are_valid_python():
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         compile(example, "README.md", "exec")
         assert len(example.splitlines()) <= 10
@@ -70,9 +70,27 @@ def test_training_example_trains(tmp_path, monkeypatch):
     assert all(parameter.any() for parameter in trained)  # lora_B starts as zeros
 
 
+def test_trace_example_traces(tmp_path, monkeypatch):
+    """The README's third example on a tiny model, as it stands there."""
+    import torch
+
+    import omnigene_fast
+    from omnigene_fast.demo.model import Size, small_model
+
+    monkeypatch.chdir(tmp_path)
+    example = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[2]
+    model, encode, _ = small_model(Size(H=32, I=16, E=8, K=2, layers=2), torch.device("cpu"))
+    first, second = (encode(texts, 40) for texts in (["MSRSVLVLN" * 4] * 3, ["ACGTACGTTA" * 4] * 3))
+    batches = [{"input_ids": each.ids, "attention_mask": each.mask} for each in (first, second)]
+    names: dict = {"model": omnigene_fast.accelerate(model), "batch": batches[0], "other_batch": batches[1]}
+    exec(example, names)
+    assert names["run"].documents["task"].tolist() == ["protein"] * 3 + ["dna"] * 3
+    assert (tmp_path / "report.html").exists()
+
+
 def test_script_options_exist():
-    script = (ROOT / "examples" / "train_lora.py").read_text()
-    for line in re.findall(r"^python examples/train_lora.py (.*?)(?:\s+#.*)?$", README.read_text(), re.MULTILINE):
+    for name, line in re.findall(r"^python (examples/\w+\.py)(.*?)(?:\s+#.*)?$", README.read_text(), re.MULTILINE):
+        script = (ROOT / name).read_text()
         for option in re.findall(r"--[\w-]+", line):
             assert f'"{option}"' in script, option
 

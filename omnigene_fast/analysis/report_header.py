@@ -53,7 +53,7 @@ def _runs(t: Tables) -> pd.DataFrame:
                 "traced": _text(run.meta.get("created")),
                 "documents": documents,
                 "tokens": f"{int(sizes['tokens'].sum()):,}",
-                "dropped tokens": _text(run.meta.get("dropped")),
+                "dropped tokens": f"{run.dropped:,}",
                 "layers": _span(run.layers),
                 "experts": f"{run.num_experts}, top {run.top_k}",
                 "recorded": ", ".join([*run.record, "counts"]),

@@ -133,6 +133,10 @@ class _Load:
         if self._store is not None:
             self._store.add(records, labels, hashes)
 
+    def drop(self, tokens: int) -> None:
+        if self._store is not None:
+            self._store.drop(tokens)
+
     def commit(self) -> None:
         if self._store is not None:
             self._store.commit()

@@ -388,6 +388,7 @@ class Tracer:
         rows = tokens.valid if keep is None else tokens.valid & keep
         if handover.taken is None:
             self.dropped += int(rows.sum())
+            self._store.drop(int(rows.sum()))
             return
         if not rows.any():
             return

@@ -25,6 +25,7 @@ class Segment:
     documents: int
     part: File
     docs: File
+    dropped: int = 0  # tokens that came since the segment before and were not recorded
 
 
 def data_name(kind: str, rank: int, seq: int) -> str:
@@ -33,7 +34,15 @@ def data_name(kind: str, rank: int, seq: int) -> str:
 
 
 def write_segment(
-    path: Path, rank: int, seq: int, part: Callable[[], Any], docs: Callable[[], Any], *, tokens: int, documents: int
+    path: Path,
+    rank: int,
+    seq: int,
+    part: Callable[[], Any],
+    docs: Callable[[], Any],
+    *,
+    tokens: int,
+    documents: int,
+    dropped: int = 0,
 ) -> None:
     """Write the two files of a segment side by side and, once they are durable, its line of the manifest.
 
@@ -45,7 +54,7 @@ def write_segment(
         docs_file = write_file(path, data_name("docs", rank, seq), docs())
         part_file = beside.result()
     sync_directory(path)
-    append_manifest(path, Segment(rank, seq, tokens, documents, part_file, docs_file))
+    append_manifest(path, Segment(rank, seq, tokens, documents, part_file, docs_file, dropped))
 
 
 def read_manifest(path: Path) -> list[Segment]:
@@ -73,14 +82,14 @@ def _segment(line: bytes, where: str) -> Segment:
     check_format(entry, where)
     try:
         rank, seq, tokens, documents = (entry[key] for key in ("rank", "seq", "tokens", "documents"))
-        part, docs = File(**entry["part"]), File(**entry["docs"])
+        part, docs, dropped = File(**entry["part"]), File(**entry["docs"]), entry.get("dropped", 0)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where}: expected the fields of a segment, got an error with {error}.") from None
-    numbers = (rank, seq, tokens, documents, part.size, part.crc32, docs.size, docs.crc32)
+    numbers = (rank, seq, tokens, documents, dropped, part.size, part.crc32, docs.size, docs.crc32)
     names = (data_name("part", rank, seq), data_name("docs", rank, seq)) if is_count(seq, 0) else None
     if not all(is_count(number, 0) for number in numbers) or (part.name, docs.name) != names:
         raise ValueError(f"{where}: expected counts and the file names of its rank and seq, got {entry!r}.")
-    return Segment(rank, seq, tokens, documents, part, docs)
+    return Segment(rank, seq, tokens, documents, part, docs, dropped)
 
 
 def append_manifest(path: Path, segment: Segment) -> None:

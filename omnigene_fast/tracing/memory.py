@@ -35,6 +35,9 @@ class Memory:
             self._tokens[number] = self._tokens.get(number, 0) + int((records.doc == number).sum())
             self._labels.setdefault(number, {}).update((labels or {}).get(number, {}))
 
+    def drop(self, tokens: int) -> None:
+        """Nothing notes what was dropped but the trace itself."""
+
     def documents(self) -> dict[int, int]:
         """Tokens per document."""
         return dict(self._tokens)

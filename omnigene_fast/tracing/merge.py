@@ -106,6 +106,7 @@ def _copy(runs: list[Run], names: list[str], path: Path, progress: bool) -> None
                     partial(_docs, run, segment, known, first, columns, name),
                     tokens=segment.tokens,
                     documents=segment.documents,
+                    dropped=segment.dropped,
                 )
                 seq += 1
                 bar.update()

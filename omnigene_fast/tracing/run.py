@@ -60,6 +60,11 @@ class Run:
         self.top_k: int = meta["top_k"]
         self.record: tuple[str, ...] = tuple(meta["record"])
 
+    @property
+    def dropped(self) -> int:
+        """Tokens that were not recorded, because more waited for the writer than the trace's budget allowed."""
+        return sum(segment.dropped for segment in self.segments)
+
     def __repr__(self) -> str:
         return (
             f"Run({str(self.path)!r}: {len(self.gathered)} documents, {self.gathered.n_tokens.sum()} tokens,"

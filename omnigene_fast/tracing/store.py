@@ -62,6 +62,7 @@ class Writer:
         """
         self._lock = threading.RLock()
         self._held: io.FileIO | None = None
+        self._dropped = 0  # tokens since the last commit
         if not isinstance(rank, int) or rank < 0:
             raise ValueError(f"rank: expected an integer >= 0, got {rank!r}.")
         if not isinstance(segment_tokens, int) or segment_tokens < 1:
@@ -178,6 +179,12 @@ class Writer:
             self._label_names |= names
             self._advance(doc_ids)
 
+    def drop(self, tokens: int) -> None:
+        """Note that so many tokens came and were not recorded: `Run.dropped` tells."""
+        with self._lock:
+            self._check_open()
+            self._dropped += tokens
+
     def commit(self) -> None:
         """Make the open segment durable.
 
@@ -186,7 +193,7 @@ class Writer:
         """
         with self._lock:
             self._check_open()
-            if not self._open:
+            if not self._open and not self._dropped:
                 return
             part, docs = self._open.part_table(), self._open.docs_tables()
             manifest.write_segment(
@@ -197,8 +204,10 @@ class Writer:
                 lambda: encode(self._open.docs_schema(), docs, DOCUMENT_ROWS),
                 tokens=self._open.tokens,
                 documents=len(self._open.document_ids()),
+                dropped=self._dropped,
             )
             self._seq += 1
+            self._dropped = 0
             self._open.clear()
 
     def documents(self) -> dict[int, int]:

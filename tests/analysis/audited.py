@@ -30,6 +30,8 @@ LETTERS = {"protein": "ACDEFGHIKLMNPQRSTVWY", "dna": "ACGT", "structure": "HGEBT
 class AuditedRun:
     """What the report needs of a run."""
 
+    dropped = 0
+
     def __init__(self, name, meta, documents, records, num_experts, top_k):
         self.name, self.meta, self.documents, self.records = name, meta, documents, records
         self.layers, self.num_experts, self.top_k = meta["layers"], num_experts, top_k
@@ -103,6 +105,5 @@ def audited(
         "dtype": "bfloat16",
         "tokenizer": "bytes",
         "versions": {"omnigene_fast": "0.1.0", "torch": "2.13.0"},
-        "dropped": 0,
     }
     return AuditedRun(name, meta, pd.DataFrame(rows), records, experts, top_k)

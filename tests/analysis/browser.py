@@ -2,12 +2,13 @@
 
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from html.parser import HTMLParser
 
 import pytest
+
+from omnigene_fast.info import browser
 
 # Runs once every figure is drawn. Faults: text over text, text outside its figure, a figure without size.
 AUDIT = """
@@ -76,10 +77,7 @@ class Seen:
 
 
 def binary():
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if path := shutil.which(name):
-            return path
-    return pytest.skip("no Chromium to open the report in: apt-get install chromium")
+    return browser() or pytest.skip("no Chromium to open the report in: apt-get install chromium")
 
 
 def look(page, width, tmp_path, audit=False):

@@ -421,6 +421,7 @@ def test_a_full_budget(policy, tmp_path, monkeypatch):
     assert tr.tokens == recorded * 16
     assert tr.dropped == (48 if policy == "drop" else 0)
     run = omnigene_fast.open_trace(tmp_path / "run")
+    assert run.dropped == tr.dropped
     assert run.documents["n_tokens"].tolist() == [8] * 2 * recorded
     # What was dropped keeps its documents' numbers, so that what follows is not taken for it.
     assert run.documents["doc_id"].tolist() == ([0, 1, 8, 9] if policy == "drop" else list(range(2 * recorded)))
