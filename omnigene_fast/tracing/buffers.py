@@ -106,7 +106,7 @@ class Taken:
 class Host:
     """Tensors on their way to the host, with what to wait for."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], ready: Any = None) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None], ready: Sequence[Any] = ()) -> None:
         self._tensors, self._ready = tensors, ready
 
     @property
@@ -115,8 +115,8 @@ class Host:
 
     def arrays(self) -> list[NDArray[Any] | None]:
         """The tensors as numpy arrays; waits for the copies, in whatever thread calls it."""
-        if self._ready is not None:
-            self._ready.synchronize()
+        for event in self._ready:
+            event.synchronize()
         return [None if each is None else each.numpy() for each in self._tensors]
 
 
@@ -124,24 +124,27 @@ _side_streams: dict[torch.device, Any] = {}
 
 
 def to_host(tensors: Sequence[Tensor | None]) -> Host:
-    """Begin to copy tensors of one device to the host. Nobody may write to them any more, unless they are on a GPU."""
-    device = next((each.device for each in tensors if each is not None), torch.device("cpu"))
-    if device.type != "cuda":
-        return Host([None if each is None else each.cpu() for each in tensors])
-    side = _side_streams.setdefault(device, torch.cuda.Stream(device))
-    side.wait_stream(torch.cuda.current_stream(device))
+    """Begin to copy tensors to the host; nothing may be written to them any more.
+
+    Those of a GPU go beside its stream, into pinned memory: nobody waits but `Host.arrays`.
+    """
+    gpus = {each.device for each in tensors if each is not None and each.device.type == "cuda"}
+    for device in gpus:
+        side = _side_streams.setdefault(device, torch.cuda.Stream(device))
+        side.wait_stream(torch.cuda.current_stream(device))
     copies: list[Tensor | None] = []
-    with torch.cuda.stream(side):
-        for each in tensors:
-            if each is None:
-                copies.append(None)
-                continue
-            pinned = torch.empty(each.shape, dtype=each.dtype, pin_memory=True)
+    for each in tensors:
+        if each is None or each.device not in gpus:
+            copies.append(None if each is None else each.cpu())
+            continue
+        pinned = torch.empty(each.shape, dtype=each.dtype, pin_memory=True)
+        with torch.cuda.stream(_side_streams[each.device]):
             copies.append(pinned.copy_(each, non_blocking=True))
-            each.record_stream(side)
-        ready = torch.cuda.Event()
-        ready.record(side)
-    return Host(copies, ready)
+        each.record_stream(_side_streams[each.device])
+    events = [torch.cuda.Event() for _ in gpus]
+    for device, event in zip(gpus, events, strict=True):
+        event.record(_side_streams[device])
+    return Host(copies, events)
 
 
 def _merged(

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from .capture import Labels, Tracer
+from .capture import Tracer
 from .counting import count_picks
 from .records import KINDS, Records
+from .scribe import Labels
 
 logger = logging.getLogger("omnigene_fast")
 

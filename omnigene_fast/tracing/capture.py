@@ -1,13 +1,10 @@
 """`trace`: records which experts every token visits, where the router decides it.
 
-The model's thread copies what the gates have written and goes on; a background thread finds out which documents the
-tokens belong to and hands them to the store.
+The model's thread copies what the gates have written and goes on; the rest happens in another one (`scribe.py`).
 """
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,21 +16,19 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..integrations import gemma4
-from .buffers import Buffers, Host, Taken, to_host
+from .buffers import Buffers, to_host
 from .calls import Call, Streams, Watch, valid_tokens
 from .description import describe_model, end_tokens, owns_the_decision, process_rank
-from .identity import Numbering, Stream
+from .identity import Stream
 from .labels import check_name, check_text
 from .memory import Memory
 from .pump import POLICIES, Pump, parse_bytes
-from .records import KINDS, PHASES, Records, text_hash, unused
-
-COMMIT_SECONDS = 60.0  # after which even a small segment is made durable
+from .records import KINDS, PHASES
+from .scribe import Handover, Labels, Scribe
 
 logger = logging.getLogger("omnigene_fast")
 
 Mask = Tensor | Callable[[Mapping[str, Any]], Tensor]
-Labels = Mapping[str, str | Sequence[str | None]]
 
 
 def trace(
@@ -98,20 +93,6 @@ def trace(
     )
 
 
-@dataclass
-class _Handover:
-    """One call on its way to the writer."""
-
-    stream: Stream
-    shape: tuple[int, int]
-    continues: bool
-    phase: int
-    tokens: Host  # valid, token, position, keep: each [B, S] or None
-    doc_ids: NDArray[np.int64] | None
-    labels: Labels
-    taken: Taken | None  # None: dropped
-
-
 class Tracer:
     """A running trace; see `trace`. Not for several models at once, nor for calls from several threads."""
 
@@ -159,9 +140,8 @@ class Tracer:
         self._watch: Watch | None = None
         self._hooks: list[Any] = []
         self._captured = False
+        self._scribe: Scribe | None = None
         self.calls = 0  # forwards seen
-        self.tokens = 0  # recorded
-        self.dropped = 0  # tokens that were not recorded because the budget was full
         self.label(**(labels or {}))
 
     def __enter__(self) -> "Tracer":
@@ -171,12 +151,11 @@ class Tracer:
             raise RuntimeError("trace: expected a model without an open trace; close the other one first.")
         if self._given_store is None:
             self._store = self._open_store()
-        self._numbering = Numbering(self._store.next_doc, end_tokens(self._model))
+        self._scribe = Scribe(self._store, self.layers, self.num_experts, end_tokens(self._model))
         self._streams = Streams(Stream)
         self._buffers = Buffers(list(self._routers.values()), self.num_experts, self.top_k, self._record)
         self._buffers.reserve(self._max_tokens)
-        self._committed = time.monotonic()
-        self._pump = Pump(self._work, self._budget)
+        self._pump = Pump(self._scribe.write, self._budget)
         try:
             self._watch = Watch(self._model, list(self._routers.values()), self._begin, self._end)
         except ValueError:
@@ -287,6 +266,16 @@ class Tracer:
             self._store.commit()
 
     @property
+    def tokens(self) -> int:
+        """Tokens recorded so far."""
+        return 0 if self._scribe is None else self._scribe.tokens
+
+    @property
+    def dropped(self) -> int:
+        """Tokens that were not recorded, because more waited for the writer than the budget allowed."""
+        return 0 if self._scribe is None else self._scribe.dropped
+
+    @property
     def counts(self) -> NDArray[np.int32]:
         """Picks [documents, layers, experts] so far, rows by rising document number."""
         self.settle()
@@ -315,8 +304,6 @@ class Tracer:
             raise RuntimeError(f"trace: nothing was recorded in {self.calls} calls of the model.")
         return open_trace(self.path).verify()
 
-    # The model's thread.
-
     def _begin(self, call: Call) -> None:
         if self._buffers.reserve(call.rows) and self._captured:
             raise RuntimeError(
@@ -342,7 +329,7 @@ class Tracer:
         host = to_host([None if each is None else each.detach().clone() for each in known])
         continues = bool(call.past)
         phase = "train" if call.training else "decode" if continues and call.S == 1 else "prefill"
-        handover = _Handover(
+        handover = Handover(
             stream,
             (call.B, call.S),
             continues,
@@ -372,61 +359,6 @@ class Tracer:
             raise ValueError(f"mask: expected [B, S] = [{call.B}, {call.S}], got {got}.")
         return keep.bool()
 
-    # The background thread.
-
-    def _work(self, handover: _Handover) -> None:
-        valid, token, position, keep = handover.tokens.arrays()
-        tokens = self._numbering.assign(
-            handover.stream,
-            handover.shape,
-            valid if keep is None or valid is None else valid | keep,
-            token,
-            position,
-            handover.doc_ids,
-            continues=handover.continues,
-        )
-        rows = tokens.valid if keep is None else tokens.valid & keep
-        if handover.taken is None:
-            self.dropped += int(rows.sum())
-            self._store.drop(int(rows.sum()))
-            return
-        if not rows.any():
-            return
-        flat = np.flatnonzero(rows)
-        ids, weights, stats = handover.taken.arrays()
-        self._check_written(ids)
-        every = len(flat) == ids.shape[1]
-        doc = tokens.doc.ravel()[flat]
-        records = Records(
-            doc,
-            tokens.pos.ravel()[flat],
-            np.full(len(flat), -1, np.int32) if token is None else token.ravel()[flat].astype(np.int32),
-            np.full(len(flat), handover.phase, np.uint8),
-            ids if every else ids[:, flat],
-            weights if every or weights is None else weights[:, flat],
-            stats if every or stats is None else stats[:, flat],
-        )
-        # Documents in the order of their rows, a document's first row for its label.
-        numbers, first = np.unique(doc, return_index=True)
-        row = tokens.row.ravel()[flat]
-        labels = {
-            number: _row_labels(handover, int(row[at])) for number, at in zip(numbers.tolist(), first, strict=True)
-        }
-        begun = numbers[records.pos[first] == 0].tolist() if token is not None else []
-        self._store.add(records, labels, {number: text_hash(records.token[doc == number]) for number in begun})
-        self.tokens += len(flat)
-        if time.monotonic() - self._committed > COMMIT_SECONDS:
-            self._store.commit()
-            self._committed = time.monotonic()
-
-    def _check_written(self, ids: NDArray[Any]) -> None:
-        silent = (ids == unused(self.num_experts)).any((1, 2))
-        if silent.any():
-            raise RuntimeError(
-                f"trace: the router of layer {self.layers[int(silent.argmax())]} did not write all its tokens; do not"
-                " accelerate, restore or compile the model while a trace is open."
-            )
-
     def _open_store(self) -> Any:
         if self.path is None or not self._owner:
             return Memory(len(self.layers), self.num_experts)
@@ -451,17 +383,3 @@ def _record_by_hook(router: Any, args: Any, output: tuple[Tensor, Tensor, Tensor
         return
     probabilities, weights, index = (each.detach().flatten(0, -2) for each in output)
     reference.record(reference.as_probabilities(probabilities), weights, index, *buffers)
-
-
-def _row_labels(handover: _Handover, row: int) -> dict[str, str]:
-    found = {}
-    for name, value in handover.labels.items():
-        if not isinstance(value, str) and len(value) != handover.shape[0]:
-            raise ValueError(
-                f"labels: expected one {name!r} per row of the call, {handover.shape[0]}, got {len(value)};"
-                " call label() again when the batch changes."
-            )
-        text = value if isinstance(value, str) else value[row]
-        if text is not None:
-            found[name] = text
-    return found

@@ -11,6 +11,7 @@ import omnigene_fast
 from omnigene_fast.integrations import gemma4 as gemma4_integration
 from omnigene_fast.tracing import buffers, capture
 from omnigene_fast.tracing.records import PHASES, STATISTICS
+from omnigene_fast.tracing.scribe import Scribe
 
 from .. import helpers
 from ..helpers import EXPERTS, TOP_K, backend_params, gemma4, moe_layers, tokens
@@ -397,8 +398,8 @@ def test_a_full_budget(policy, tmp_path, monkeypatch):
 
     model = prepared("reference")
     ids, gate = tokens(2, 8), threading.Event()
-    work = capture.Tracer._work
-    monkeypatch.setattr(capture.Tracer, "_work", lambda self, item: (gate.wait(5), work(self, item))[1])
+    write = Scribe.write
+    monkeypatch.setattr(Scribe, "write", lambda self, item: (gate.wait(5), write(self, item))[1])
     tr = omnigene_fast.trace(model, tmp_path / "run", budget=1000, on_full=policy)
     with torch.no_grad(), tr:
         model(ids)

@@ -1,0 +1,119 @@
+"""What happens to a call's records in the background thread: who the tokens are, then into the store."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .buffers import Host, Taken
+from .identity import Numbering, Stream
+from .records import Records, text_hash, unused
+
+COMMIT_SECONDS = 60.0  # after which even a small segment is made durable
+
+Labels = Mapping[str, str | Sequence[str | None]]
+
+
+@dataclass
+class Handover:
+    """One call on its way to the store; B rows of S tokens."""
+
+    stream: Stream
+    shape: tuple[int, int]
+    continues: bool
+    phase: int
+    tokens: Host  # valid, token, position, keep: each [B, S] or None
+    doc_ids: NDArray[np.int64] | None
+    labels: Labels
+    taken: Taken | None  # None: dropped
+
+    def row_labels(self, row: int) -> dict[str, str]:
+        """The labels of a row's documents; ValueError if there is not one per row."""
+        found = {}
+        for name, value in self.labels.items():
+            if not isinstance(value, str) and len(value) != self.shape[0]:
+                raise ValueError(
+                    f"labels: expected one {name!r} per row of the call, {self.shape[0]}, got {len(value)};"
+                    " call label() again when the batch changes."
+                )
+            text = value if isinstance(value, str) else value[row]
+            if text is not None:
+                found[name] = text
+        return found
+
+
+class Scribe:
+    """Numbers the tokens of one call after the other and hands their records to a store.
+
+    Args:
+        store: a `store.Writer`, or what stands in for one.
+        layers: decoder indices, for errors.
+        num_experts: E.
+        eos: ids that end a generated sequence.
+    """
+
+    def __init__(self, store: Any, layers: Sequence[int], num_experts: int, eos: tuple[int, ...]) -> None:
+        self._store, self._layers, self._unused = store, layers, unused(num_experts)
+        self._numbering = Numbering(store.next_doc, eos)
+        self._committed = time.monotonic()
+        self.tokens = self.dropped = 0
+
+    def write(self, handover: Handover) -> None:
+        """Take in one call; its tensors may still be on their way."""
+        valid, token, position, keep = handover.tokens.arrays()
+        tokens = self._numbering.assign(
+            handover.stream,
+            handover.shape,
+            valid if keep is None or valid is None else valid | keep,
+            token,
+            position,
+            handover.doc_ids,
+            continues=handover.continues,
+        )
+        rows = tokens.valid if keep is None else tokens.valid & keep
+        flat = np.flatnonzero(rows)
+        if handover.taken is None:
+            self.dropped += len(flat)
+            self._store.drop(len(flat))
+            return
+        if not len(flat):
+            return
+        ids, weights, stats = handover.taken.arrays()
+        self._check_written(ids)
+        doc, row = tokens.doc.ravel()[flat], tokens.row.ravel()[flat]
+        records = Records(
+            doc,
+            tokens.pos.ravel()[flat],
+            np.full(len(flat), -1, np.int32) if token is None else token.ravel()[flat].astype(np.int32),
+            np.full(len(flat), handover.phase, np.uint8),
+            _of(ids, flat),
+            None if weights is None else _of(weights, flat),
+            None if stats is None else _of(stats, flat),
+        )
+        numbers, first = np.unique(doc, return_index=True)
+        labels, hashes = {}, {}
+        for number, at in zip(numbers.tolist(), first.tolist(), strict=True):
+            labels[number] = handover.row_labels(int(row[at]))
+            if token is not None and records.pos[at] == 0:
+                hashes[number] = text_hash(records.token[doc == number])
+        self._store.add(records, labels, hashes)
+        self.tokens += len(flat)
+        if time.monotonic() - self._committed > COMMIT_SECONDS:
+            self._store.commit()
+            self._committed = time.monotonic()
+
+    def _check_written(self, ids: NDArray[Any]) -> None:
+        silent = (ids == self._unused).any((1, 2))
+        if silent.any():
+            raise RuntimeError(
+                f"trace: the router of layer {self._layers[int(silent.argmax())]} did not write all its tokens; do not"
+                " accelerate, restore or compile the model while a trace is open."
+            )
+
+
+def _of(array: NDArray[Any], rows: NDArray[np.intp]) -> NDArray[Any]:
+    """`array` [L, T, ...] at some of its T rows; itself for all."""
+    return array if len(rows) == array.shape[1] else array[:, rows]
