@@ -1,29 +1,12 @@
 """The `omnigene-fast` command: thin verbs over the package; every error is one sentence and a non-zero exit."""
 
 import datetime
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
-DTYPES = ("bfloat16", "float32", "float16")
-EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError)
-
-
-def sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the package's exceptions into click's one-line errors (exit status 1)."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except EXPECTED as error:
-            text = str(error).strip() or type(error).__name__
-            raise click.ClickException(" ".join(text.split())) from None
-
-    return run
+from . import cli_trace
+from .cli_options import DTYPES, dtype_of, numbers, parse_device, sentence, set_threads, words
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -142,14 +125,14 @@ def bench(
     groups = {"forward": runner.FORWARD_OPS, "training": runner.TRAINING_OPS}
     settings = runner.Settings(
         ops=tuple(op for word in words(ops, runner.OPS) for op in groups.get(word, (word,))),
-        tokens=_numbers("tokens", tokens, (1, 16, 256) if quick else runner.TOKENS),
+        tokens=numbers("tokens", tokens, (1, 16, 256) if quick else runner.TOKENS),
         modes=words(modes, ("uniform", "protein") if quick else runner.MODES),
-        training_tokens=_numbers("tokens", tokens, (16,) if quick else runner.TRAINING_TOKENS),
+        training_tokens=numbers("tokens", tokens, (16,) if quick else runner.TRAINING_TOKENS),
         training_modes=words(modes, ("uniform",) if quick else runner.TRAINING_MODES),
         providers=words(providers, runner.NAMES),
         dtype=dtype_of(dtype),
         device=torch_device,
-        shape=Shape(*_numbers("shape", shape, (2816, 704, 128, 8), count=4)),
+        shape=Shape(*numbers("shape", shape, (2816, 704, 128, 8), count=4)),
         backend=backend,
         seconds=seconds if seconds is not None else 1.0 if quick else 6.0,
         min_rounds=4 if quick else 7,
@@ -181,45 +164,5 @@ def bench(
         click.echo(f"\nrows: {out}\nplot: none, matplotlib is not installed (pip install 'omnigene-fast[bench]')")
 
 
-def parse_device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: expected auto, cpu or cuda[:N], got {name!r}.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected auto, cpu or cuda[:N], got {name!r}.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device: torch sees {torch.cuda.device_count()} CUDA devices here, got {name!r}.")
-    return device
-
-
-def dtype_of(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)
-
-
-def set_threads(count: int | None) -> None:
-    import torch
-
-    if count is not None:
-        torch.set_num_threads(count)
-
-
-def words(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
-    return default if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _numbers(option: str, text: str | None, default: tuple[int, ...], count: int | None = None) -> tuple[int, ...]:
-    found = words(text, tuple(str(number) for number in default))
-    if not all(word.isascii() and word.isdigit() for word in found) or (count is not None and len(found) != count):
-        wanted = f"{count} comma-separated integers" if count else "comma-separated integers"
-        raise ValueError(f"--{option}: expected {wanted}, got {text!r}.")
-    return tuple(int(word) for word in found)
-
-
-from . import cli_trace  # noqa: E402, F401  (adds the verbs of router traces to `main`)
+for _command in cli_trace.COMMANDS:
+    main.add_command(_command)

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from .cli import DTYPES, dtype_of, main, parse_device, sentence, set_threads, words
+from .cli_options import DTYPES, dtype_of, parse_device, sentence, set_threads, words
 
 RUN = click.Path(path_type=Path)
 
 
-@main.command()
+@click.command()
 @click.argument("model", type=RUN)
 @click.argument("data", type=RUN)
 @click.option("--out", required=True, type=RUN, help="Directory of the run; one that was interrupted is continued.")
@@ -90,7 +90,7 @@ def _load(path: Path, adapter: Path | None, dtype: Any, device: Any) -> tuple[An
     return model, tokenizer
 
 
-@main.command()
+@click.command()
 @click.argument("run", type=RUN)
 @sentence
 def verify(run: Path) -> None:
@@ -109,7 +109,7 @@ def verify(run: Path) -> None:
     click.echo(f"sound: {_summary(opened)}")
 
 
-@main.command()
+@click.command()
 @click.argument("runs", nargs=-1, required=True, type=RUN)
 @click.option("-o", "--out", default="report.html", show_default=True, type=RUN, help="HTML file; CSVs go beside it.")
 @click.option("--by", default="task", show_default=True, help="Label whose values are compared.")
@@ -140,7 +140,7 @@ def _texts(tokenizer: Any) -> Callable[[int], str] | None:
     return lambda number: loaded.decode([number])
 
 
-@main.command()
+@click.command()
 @click.argument("base", type=RUN)
 @click.argument("cpt", type=RUN)
 @click.argument("sft", type=RUN)
@@ -159,7 +159,7 @@ def decompose(base: Path, cpt: Path, sft: Path, by: str) -> None:
     click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
 
 
-@main.command("export")
+@click.command("export")
 @click.argument("run", type=RUN)
 @click.argument("format")
 @click.option("-o", "--out", required=True, type=RUN, help="File or directory to write; never one that exists.")
@@ -189,7 +189,7 @@ def export(run: Path, format: str, out: Path, by: str | None) -> None:
     )
 
 
-@main.command("import")
+@click.command("import")
 @click.argument("source", type=RUN)
 @click.argument("format")
 @click.option("--out", required=True, type=RUN, help="Directory of the new run.")
@@ -246,3 +246,6 @@ def _summary(run: Any) -> str:
         f" (labels: {', '.join(labels) or 'none'}), {len(run.layers)} layers, {run.num_experts} experts,"
         f" top-{run.top_k}, {', '.join(('counts', *run.record))}"
     )
+
+
+COMMANDS = (trace, verify, report, decompose, export, import_)
