@@ -286,6 +286,7 @@ from omnigene_fast.ops import SAVE, route
 from omnigene_fast import reference
 from tests.gradients import Comparison, ours, problem, stock, truth
 from tests.test_gradients_gate import Problem
+from tests.test_ops_trace import as_ids, buffers, true_statistics
 
 reason = cpu.unavailable(torch.device("cpu"))
 if reason:
@@ -297,7 +298,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         Comparison().add(ours(p, backend="cpu", save=save), stock(p), truth(p)).check()
     p = Problem(dtype=dtype)
     Comparison().add(p.ours(backend="cpu"), p.stock(), p.truth()).check()
-    gate = route(p.hidden, **p.arguments, top_k=4, eps=p.eps, backend="cpu")
+    trace = buffers(len(p.hidden), 4, p.arguments["proj_weight"].shape[0])
+    gate = route(p.hidden, **p.arguments, top_k=4, eps=p.eps, backend="cpu", trace=trace)
+    assert torch.equal(as_ids(trace.ids), gate[2]), dtype
+    assert torch.equal(trace.weights, gate[1].half()), dtype
+    assert (trace.stats.double() - true_statistics(gate[0], 4)).abs().max() < 3e-3, dtype
     same = reference.route(p.hidden, **p.arguments, top_k=4, eps=p.eps)
     assert (gate[0] - same[0]).norm() <= 2 * torch.finfo(dtype).eps * same[0].norm(), dtype
 print("isa", cpu.isa())
