@@ -125,6 +125,27 @@ def test_a_killed_run_is_continued_to_the_same_end(files, tmp_path):
     assert "0 tokens recorded" in again.output
 
 
+def test_other_texts_are_not_taken_for_those_held(files, tmp_path):
+    rows = [json.loads(line) for line in (files / "data.jsonl").read_text().splitlines()]
+    rows[3]["text"] += "X"
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = ("--label-col", "task", "--label-col", "split")
+    done = invoke("trace", files / "model", tmp_path / "other.jsonl", *columns, "--out", files / "run")
+    assert done.exit_code == 1
+    assert "got another one in line 4" in done.output
+    assert omnigene_fast.open_trace(files / "run").verify() == []
+
+
+def test_a_row_without_a_label_gets_none(files, tmp_path):
+    rows = [{"text": "ACGT" * (5 + i), **({"task": f"t{i}"} if i < 2 else {})} for i in range(4)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = ("--label-col", "task", "--out", tmp_path / "run", "--batch-tokens", 60)
+    done = invoke("trace", files / "model", tmp_path / "x.jsonl", *more)
+    assert done.exit_code == 0, done.output
+    tasks = omnigene_fast.open_trace(tmp_path / "run").documents["task"]
+    assert [None if task is None or task != task else task for task in tasks] == ["t0", "t1", None, None]
+
+
 def test_an_adapter_is_traced(files, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

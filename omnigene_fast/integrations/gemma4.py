@@ -38,8 +38,8 @@ def routers_by_layer(model: nn.Module) -> dict[int, Any]:
         numbers = re.findall(r"\blayers\.(\d+)\.", f"{name}.")
         if not numbers or int(numbers[-1]) in found:
             raise ValueError(
-                "model: expected one Gemma-4 router per decoder layer, in a list named layers, got one at"
-                f" {name or 'the top'}; pass the language model."
+                "model: expected one Gemma-4 router per decoder layer, in a list named layers, got another one at"
+                f" {name or 'the top'}; pass the language model alone, without PEFT's modules_to_save on its routers."
             )
         found[int(numbers[-1])] = module
     if not found:

@@ -160,7 +160,9 @@ def _merged(
 
 
 def _clear(ids: Tensor) -> None:
-    ids.fill_(255 if ids.dtype == torch.uint8 else -1)
+    # A compiled forward under checkpointing keeps the buffer for its backward, which does not read it.
+    with torch.autograd._unsafe_preserve_version_counter(ids):
+        ids.fill_(255 if ids.dtype == torch.uint8 else -1)
 
 
 def _device(router: Any) -> torch.device:

@@ -33,6 +33,9 @@ class RouterTraceCallback(TrainerCallback):
     - router/effective_experts: exp(entropy), mean over layers;
     - router/tokens: that were counted; router/dropped: that were not, because the writer fell behind.
 
+    What goes wrong while a step is measured is logged, and training goes on. With `torch_compile=True` Trainer wraps
+    the model where this callback cannot see its calls: nothing is measured, and the log says so.
+
     Args:
         every: optimizer steps from one measurement to the next; the steps between run without a trace.
         path: also keep the measured steps as a run there, for `open_trace`.
@@ -58,12 +61,23 @@ class RouterTraceCallback(TrainerCallback):
             handler.callbacks.insert(0, self)
         else:
             logger.warning("RouterTraceCallback: loggers that come before it in Trainer's callbacks will not see it.")
+        self._leave()
+
+    def _leave(self) -> None:
+        """Leave the model as it was, also when a step was not finished; Trainer does not tell when one failed."""
+        if self._tracer is not None:
+            tracer, self._tracer = self._tracer, None
+            tracer.abandon()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the trace of a step that is measured."""
+        self._leave()
         if state.global_step % self.every == 0:
             self._tracer = _LoadTracer(kwargs["model"], self._path, self._labels)
-            self._tracer.__enter__()
+            try:
+                self._tracer.__enter__()
+            except Exception as error:
+                _warn(error)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close it, and ask for a log of this step."""
@@ -72,11 +86,11 @@ class RouterTraceCallback(TrainerCallback):
         tracer, self._tracer = self._tracer, None
         try:
             tracer.close()
-        except RuntimeError as error:  # no reason to lose a training run
-            logger.warning("RouterTraceCallback: this step is not measured. %s", error)
-        else:
-            self._scalars = tracer.scalars()
-            control.should_log = True
+        except Exception as error:  # no reason to lose a training run
+            _warn(error)
+            tracer.abandon()
+        self._scalars = tracer.scalars()  # on every process, whatever happened on this one
+        control.should_log = control.should_log or bool(self._scalars)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the scalars to the log that the step has asked for."""
@@ -87,10 +101,12 @@ class RouterTraceCallback(TrainerCallback):
             self._scalars = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the model as it was, also when a step was not finished."""
-        if self._tracer is not None:
-            tracer, self._tracer = self._tracer, None
-            tracer.abandon()
+        """Leave the model as it was."""
+        self._leave()
+
+
+def _warn(error: Exception) -> None:
+    logger.warning("RouterTraceCallback: this step is not measured, or not by this process. %s", error)
 
 
 class _LoadTracer(Tracer):
@@ -99,6 +115,7 @@ class _LoadTracer(Tracer):
     def __init__(self, model: Any, path: str | Path | None, labels: Labels | None) -> None:
         super().__init__(model, path, labels=labels, record=KINDS if path is not None else ())
         self._device = next(model.parameters()).device
+        self._load = _Load(len(self.layers), self.num_experts)
 
     def _open_store(self) -> Any:
         store = super()._open_store() if self.path is not None and self._owner else None
@@ -106,13 +123,15 @@ class _LoadTracer(Tracer):
         return self._load
 
     def scalars(self) -> dict[str, float]:
-        """What the callback logs."""
+        """What the callback logs; nothing if no process has counted a token."""
         counts = torch.from_numpy(self._load.counts).to(self._device)
         numbers = torch.tensor([self.tokens, self.dropped], device=self._device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for each in (counts, numbers):
                 torch.distributed.all_reduce(each)
         tokens, dropped = numbers.tolist()
+        if not tokens:
+            return {}
         return load_scalars(counts.cpu().numpy()) | {"router/tokens": tokens, "router/dropped": dropped}
 
 
@@ -133,6 +152,9 @@ class _Load:
         self.counts += count_picks(records.ids, np.zeros(len(records), np.int64), 1, self.counts.shape[1])[0]
         if self._store is not None:
             self._store.add(records, labels, hashes)
+
+    def documents(self) -> dict[int, int]:
+        return {} if self._store is None else self._store.documents()
 
     def drop(self, tokens: int) -> None:
         if self._store is not None:

@@ -51,8 +51,10 @@ class Watch:
         self._depth = 0
         self._call: Call | None = None
         self._undo: list[Callable[[], None]] = []
+        self._open: Any = None  # the module whose call is under way
         held = {id(router) for router in routers}
         entrances = [module for module in model.modules() if self._is_entrance(module, held)]
+        self._entrances = {id(module) for module in entrances}
         if not entrances:
             raise ValueError(
                 f"model: expected a transformers model, or a wrapper of one, got a {type(model).__name__} that holds"
@@ -63,8 +65,14 @@ class Watch:
             before = functools.partial(self._before, names)
             self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             self._undo.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove)
-            if getattr(module, "_compiled_call_impl", None) is not None:  # module.compile()
-                self._watch_compiled(module, names)
+            compiled = getattr(module, "_compiled_call_impl", None)
+            if compiled is not None:  # module.compile()
+                self._replace(module, "_compiled_call_impl", self._watched(compiled, module, names))
+            if hasattr(module, "get_compiled_call"):  # what `generate` decodes with if the cache has a fixed size
+                self._replace(module, "get_compiled_call", self._watched_getter(module, names))
+
+    def __deepcopy__(self, memo: Any) -> "Watch":
+        return self  # the hooks of a copy of the model come here too, and are not answered
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -78,8 +86,29 @@ class Watch:
             return False
         return held <= {id(inner) for inner in module.modules()}
 
-    def _watch_compiled(self, module: Any, names: list[str]) -> None:
-        compiled = module._compiled_call_impl
+    def _replace(self, module: Any, name: str, value: Any) -> None:
+        """Put `value` into the instance's attribute `name` until `remove`."""
+        before = module.__dict__.get(name)
+        module.__dict__[name] = value
+
+        def undo() -> None:
+            if before is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before
+
+        self._undo.append(undo)
+
+    def _watched_getter(self, module: Any, names: list[str]) -> Callable[..., Any]:
+        original = module.get_compiled_call
+
+        def get_compiled_call(*args: Any, **kwargs: Any) -> Any:
+            return self._watched(original(*args, **kwargs), module, names)
+
+        return get_compiled_call
+
+    def _watched(self, compiled: Callable[..., Any], module: Any, names: list[str]) -> Callable[..., Any]:
+        """`compiled`, a call of `module` whose hooks are compiled away, with what the hooks would have done."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._before(names, module, args, kwargs)
@@ -90,34 +119,39 @@ class Watch:
                 self._after(module, args, kwargs, output)
             return output
 
-        module.__dict__["_compiled_call_impl"] = call
-        self._undo.append(lambda: module.__dict__.update(_compiled_call_impl=compiled))
+        return call
 
     def _before(self, names: list[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or id(module) not in self._entrances:
             return
+        if module is self._open:  # an interrupt ended its last call, and torch called no hook then
+            call, self._depth, self._call = self._call, 0, None
+            assert call is not None
+            self._end(call, None)
         self._depth += 1
         if self._depth == 1:
+            self._open = module
             try:
                 self._call = describe(module, dict(zip(names, args, strict=False)) | kwargs)
                 self._begin(self._call)
             except BaseException:
-                self._depth, self._call = 0, None
+                self._depth, self._call, self._open = 0, None, None
                 raise
 
     def _after(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self._depth:
+        if torch.compiler.is_compiling() or not self._depth or id(module) not in self._entrances:
             return
         self._depth -= 1
         if self._depth == 0:
-            call, self._call = self._call, None
+            call, self._call, self._open = self._call, None, None
             assert call is not None
             self._end(call, output)
 
 
 def _parameter_names(module: Any) -> list[str]:
-    forward = type(getattr(module, "_orig_mod", module)).forward
-    return [name for name in inspect.signature(forward).parameters if name != "self"]
+    # A wrapper's own parameters may be *args: what it hands on is the model's.
+    model = next((inner for inner in module.modules() if isinstance(inner, PreTrainedModel)), module)
+    return [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
 
 
 def describe(module: Any, inputs: dict[str, Any]) -> Call:
@@ -138,7 +172,7 @@ def describe(module: Any, inputs: dict[str, Any]) -> Call:
         position=inputs.get("position_ids"),
         past=0 if cache is None else cached_tokens(cache),
         cache=cache,
-        training=module.training and torch.is_grad_enabled(),
+        training=getattr(module, "_orig_mod", module).training and torch.is_grad_enabled(),
         inputs=inputs,
     )
 
@@ -166,7 +200,9 @@ def valid_tokens(call: Call) -> Tensor | None:
     if mask is None:
         return None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == call.B and mask.shape[1] >= call.S:
-        return mask[:, -call.S :].bool()
+        # As transformers reads it: by position in the cache, which may be longer than what is in it.
+        start = call.past if mask.shape[1] >= call.past + call.S else mask.shape[1] - call.S
+        return mask[:, start : start + call.S].bool()
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] >= call.past + call.S:
         # A token that may not look at itself is padding.
         own = mask[:, 0, :, call.past : call.past + call.S].diagonal(dim1=-2, dim2=-1)

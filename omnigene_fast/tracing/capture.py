@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from .. import reference
 from ..integrations import gemma4
 from .buffers import Buffers, to_host
-from .calls import Call, Streams, Watch, valid_tokens
+from .calls import Call, Streams, Watch, describe, valid_tokens
 from .description import describe_model, end_tokens, owns_the_decision, process_rank
-from .identity import Stream
+from .identity import Stream, parse_doc_ids
 from .labels import check_name, check_text
 from .memory import Memory
 from .pump import POLICIES, Pump, parse_bytes
@@ -63,8 +63,9 @@ def trace(
             arguments that returns one, such as `lambda inputs: inputs["labels"] != -100`.
         budget: bytes that may wait for the writer, a number or a text such as "2GiB".
         on_full: when more would wait: "block" the model, "drop" the tokens of the call (`Tracer.dropped` counts them)
-            or "raise".
-        segment_tokens: tokens that are made durable together, or fewer after a minute; a crash loses at most these.
+            or "raise", which counts them too.
+        segment_tokens: tokens that are made durable together, or fewer at the first call after a minute; a crash loses
+            at most these.
         max_tokens: tokens per call to reserve memory for at once, so that its addresses do not change later (CUDA
             graphs); it grows by itself otherwise.
         rank: number of this writer; by default that of torch.distributed. Under tensor or expert parallelism only the
@@ -110,7 +111,6 @@ class Tracer:
         max_tokens: int = 0,
         rank: int | None = None,
         meta: Mapping[str, Any] | None = None,
-        store: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
@@ -121,6 +121,8 @@ class Tracer:
             raise ValueError(f"on_full: expected one of {', '.join(POLICIES)}, got {on_full!r}.")
         if mask is not None and not isinstance(mask, Tensor) and not callable(mask):
             raise TypeError(f"mask: expected a tensor [B, S], a function or None, got {type(mask).__name__}.")
+        if not isinstance(max_tokens, int) or max_tokens < 0:
+            raise ValueError(f"max_tokens: expected an integer >= 0, got {max_tokens!r}.")
         self._budget = parse_bytes(budget)
         self._routers = gemma4.routers_by_layer(model)
         self._model, self._mask, self._on_full = model, mask, on_full
@@ -135,7 +137,7 @@ class Tracer:
         self._meta = describe_model(model, self._routers) | dict(meta or {})
         self._labels: Labels = {}
         self._doc_ids: NDArray[np.int64] | None = None
-        self._store, self._given_store = store, store
+        self._store: Any = None
         self._pump: Pump | None = None
         self._watch: Watch | None = None
         self._hooks: list[Any] = []
@@ -147,21 +149,23 @@ class Tracer:
     def __enter__(self) -> "Tracer":
         if self._watch is not None:
             raise RuntimeError("trace: this trace is open already; make another one with trace().")
-        if any(_HOOKED in router.__dict__ for router in self._routers.values()):
+        if any(router.__dict__.get(_HOOKED) == id(router) for router in self._routers.values()):
             raise RuntimeError("trace: expected a model without an open trace; close the other one first.")
-        if self._given_store is None:
-            self._store = self._open_store()
+        self._store = self._open_store()
+        try:
+            self._open()
+        except BaseException:
+            self.abandon()
+            raise
+        return self
+
+    def _open(self) -> None:
         self._scribe = Scribe(self._store, self.layers, self.num_experts, end_tokens(self._model))
         self._streams = Streams(Stream)
         self._buffers = Buffers(list(self._routers.values()), self.num_experts, self.top_k, self._record)
         self._buffers.reserve(self._max_tokens)
         self._pump = Pump(self._scribe.write, self._budget)
-        try:
-            self._watch = Watch(self._model, list(self._routers.values()), self._begin, self._end)
-        except ValueError:
-            self._pump.close()
-            self._store.close()
-            raise
+        self._watch = Watch(self._model, list(self._routers.values()), self._begin, self._end)
         stock = [router for router in self._routers.values() if not gemma4.is_accelerated(router)]
         if stock:
             logger.warning(
@@ -171,9 +175,8 @@ class Tracer:
                 len(self._routers),
             )
         for router in self._routers.values():
-            router.__dict__[_HOOKED] = True
+            router.__dict__[_HOOKED] = id(router)  # a copy of the model is not traced
         self._hooks = [router.register_forward_hook(_record_by_hook) for router in stock]
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
@@ -191,68 +194,76 @@ class Tracer:
             logger.exception("trace: closing failed too")
 
     def close(self) -> None:
-        """Make everything durable and leave the model as it was.
+        """Make everything durable and leave the model as it was. After an error of the disk it may be called again.
 
         Raises:
             RuntimeError: nothing was recorded.
             OSError, ValueError: what went wrong while writing.
         """
-        if self._watch is None:
-            return
-        self._shut()
-        if not self.tokens and not self.dropped and self._owner:
+        was_open = self._watch is not None
+        self._shut()  # also again, after a disk that was full
+        if was_open and not self.tokens and not self.dropped and self._owner:
             raise RuntimeError(
                 f"trace: nothing was recorded in {self.calls} calls of the model; call the model that was given to"
                 " trace(), or the wrapper that compiled it, and leave some tokens unmasked."
             )
 
     def _shut(self) -> None:
-        if self._watch is None or self._pump is None:
-            return
-        self._watch.remove()
-        self._watch = None
-        for hook in self._hooks:
-            hook.remove()
-        for router in self._routers.values():
-            router.__dict__.pop(_HOOKED, None)
-        self._buffers.detach()
+        pump, self._pump = self._pump, None
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+            for hook in self._hooks:
+                hook.remove()
+            for router in self._routers.values():
+                router.__dict__.pop(_HOOKED, None)
+            self._buffers.detach()
         try:
-            self._pump.close()
+            if pump is not None:
+                pump.close()
         finally:
-            self._store.close()
+            if self._store is not None:
+                self._store.close()
 
-    def label(self, *, doc_ids: Any = None, **labels: str | Sequence[str | None]) -> None:
+    def label(self, *, doc_ids: Any = None, **labels: str | Sequence[str | None] | None) -> None:
         """Label the calls that follow.
 
         Args:
             doc_ids: numbers of the documents, one per row [B], or one per token [B, S] where a row packs several
                 (negative: no document). The same number in several calls continues its document. None: automatic.
-            labels: name = text, or one text per row, None for no label. They are added to those given before.
+            labels: name = text, or one text per row (None: none for that row), or None to end a label. They are added
+                to those given before.
         """
+        merged = dict(self._labels)
         for name, value in labels.items():
             check_name(name)
-            for text in (value,) if isinstance(value, str) else value:
+            kept = value if isinstance(value, str) else tuple(value or ())  # the caller may change its list
+            for text in (kept,) if isinstance(kept, str) else kept:
                 if text is not None:
                     check_text(text, f"labels: expected the value of {name!r}")
-        self._labels = dict(self._labels) | labels
-        if doc_ids is not None:
-            doc_ids = np.asarray(doc_ids.cpu() if isinstance(doc_ids, Tensor) else doc_ids)
-            if not np.issubdtype(doc_ids.dtype, np.integer) or doc_ids.ndim not in (1, 2):
-                raise ValueError(
-                    f"doc_ids: expected integers [B] or [B, S], got {doc_ids.dtype} of shape {list(doc_ids.shape)}."
-                )
-            doc_ids = doc_ids.astype(np.int64)
-        self._doc_ids = doc_ids
+            merged[name] = kept
+            if value is None:
+                del merged[name]
+        self._labels, self._doc_ids = merged, parse_doc_ids(doc_ids)
 
     def step(self, **inputs: Any) -> None:
         """Take the records of a forward that ran without Python, such as a replayed CUDA graph.
 
+        The graph has to be captured while this trace is open; replayed after it, it writes where nobody reads.
+
         Args:
             inputs: what the model would have been called with: input_ids, attention_mask, ...
-        """
-        from .calls import describe
 
-        self._end(describe(self._model, inputs), None, replayed=True)
+        Raises:
+            ValueError: more tokens than the graph can have written.
+        """
+        call = describe(self._model, inputs)
+        if call.rows > self._buffers.tokens:
+            raise ValueError(
+                f"step: expected at most {self._buffers.tokens} tokens, the memory that the gates write to, got"
+                f" {call.rows}; pass max_tokens= to trace() before the graph is captured."
+            )
+        self._end(call, None, replayed=True)
 
     def settle(self) -> None:
         """Wait until the records of every call so far are with the writer."""
@@ -281,12 +292,6 @@ class Tracer:
         self.settle()
         counts: NDArray[np.int32] = self._store.snapshot()[1]
         return counts
-
-    def recorded_documents(self) -> dict[int, int]:
-        """Tokens per document number of all that the run holds, from earlier sessions too."""
-        self.settle()
-        found: dict[int, int] = self._store.documents()
-        return found
 
     def verify(self) -> list[str]:
         """Check the run on disk; the sentences that say what is wrong with it, none if it is sound.
@@ -317,6 +322,8 @@ class Tracer:
         if output is None and not replayed:
             return  # the forward raised
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if not self._captured:
+                _captured.append(self._buffers)
             self._captured = True
             return
         self.calls += 1
@@ -324,7 +331,14 @@ class Tracer:
             return
         stream = self._streams.of(call)
         self._streams.follow(stream, output)
-        known = [valid_tokens(call), call.token, call.position, self._override(call)]
+        keep = self._override(call)
+        try:
+            valid = valid_tokens(call)
+        except ValueError:
+            if keep is None:
+                raise
+            valid = None  # a mask that cannot be read is what `mask=` is for
+        known = [valid, call.token, call.position, keep]
         # The caller may write to its tensors again.
         host = to_host([None if each is None else each.detach().clone() for each in known])
         continues = bool(call.past)
@@ -341,14 +355,15 @@ class Tracer:
         )
         assert handover.taken is not None
         size = handover.taken.nbytes + host.nbytes
-        if self._on_full != "block" and self._pump.full(size):
-            if self._on_full == "raise":
-                raise RuntimeError(
-                    f"trace: {self._budget:,} bytes wait for the writer, as many as budget allows; raise the budget, or"
-                    " pass on_full='block' or 'drop'."
-                )
+        full = self._on_full != "block" and self._pump.full(size)
+        if full:
             handover.taken, size = None, 0  # positions go on
         self._pump.put(handover, size)
+        if full and self._on_full == "raise":
+            raise RuntimeError(
+                f"trace: {self._budget:,} bytes wait for the writer, as many as budget allows; raise the budget, or"
+                " pass on_full='block' or 'drop'."
+            )
 
     def _override(self, call: Call) -> Tensor | None:
         if self._mask is None:
@@ -373,7 +388,8 @@ class Tracer:
         )
 
 
-_HOOKED = "_omnigene_fast_traced"  # instance attribute of a router that an open trace watches
+_HOOKED = "_omnigene_fast_traced"  # instance attribute of a router that an open trace watches: its id
+_captured: list[Buffers] = []  # a CUDA graph writes to their addresses for as long as it lives
 
 
 def _record_by_hook(router: Any, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:

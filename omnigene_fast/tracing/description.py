@@ -1,6 +1,7 @@
 """What a run says of the model it came from."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,8 +18,7 @@ def describe_model(model: nn.Module, routers: Mapping[int, Any]) -> dict[str, An
     """Facts for meta.json: model and hash of its config, dtype, quantisation, router numerics, versions, date."""
     owner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     config = next(iter(routers.values())).config if owner is None else owner.config
-    # The experts implementation and other private switches are no part of what the model is.
-    text = config.to_json_string(use_diff=False)
+    text = json.dumps(_essence(config.to_dict()), sort_keys=True, default=str)
     quantisation = getattr(config, "quantization_config", None)
     numerics = {gemma4.numerics_of(router) for router in routers.values()}
     return {
@@ -32,6 +32,16 @@ def describe_model(model: nn.Module, routers: Mapping[int, Any]) -> dict[str, An
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in ("omnigene-fast", "torch", "transformers", "pyarrow")},
     }
+
+
+_INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype")
+
+
+def _essence(config: Any) -> Any:
+    """A config without what may change while the model stays the same: where it lies, who wrote it, switches."""
+    if isinstance(config, Mapping):
+        return {name: _essence(value) for name, value in config.items() if name not in _INCIDENTAL}
+    return config
 
 
 def end_tokens(model: nn.Module) -> tuple[int, ...]:

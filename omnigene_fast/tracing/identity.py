@@ -1,5 +1,6 @@
 """Which document each token of a call belongs to, and where in it it stands."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +32,20 @@ class Numbering:
 
     Every row of a call is a document of its own, unless it continues a cached one, or packs several (its positions
     begin anew, or the caller numbers its tokens). Positions count the tokens of a document from 0, padding left out.
+
+    Args:
+        first: number of the first automatic document.
+        eos: ids that end a generated sequence.
+        held: gives the tokens per document so far; asked when the caller first numbers documents.
     """
 
-    def __init__(self, first: int, eos: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, first: int, eos: tuple[int, ...] = (), held: Callable[[], Mapping[int, int]] = lambda: {}
+    ) -> None:
         self.next = first
         self._eos = np.array(eos, np.int64)
-        self._lengths: dict[int, int] = {}  # of the documents that the caller has numbered
+        self._held = held
+        self._lengths: dict[int, int] | None = None  # of all documents, once the caller numbers some
 
     def assign(
         self,
@@ -67,9 +76,9 @@ class Numbering:
         valid = np.ones(shape, bool) if valid is None else valid.copy()
         if continues and stream.docs is not None and len(stream.docs) != B:
             continues = False
-        if not continues:
+        if not continues or S > 1:  # a new turn of a chat wakes the rows that had ended
             stream.finished = np.zeros(B, bool)
-        elif S == 1 and B > 1 and token is not None and self._eos.size and stream.finished is not None:
+        elif B > 1 and token is not None and self._eos.size and stream.finished is not None:
             # `generate` feeds finished rows until the last is done: alone they would have ended.
             stream.finished |= np.isin(token[:, 0], self._eos)
             valid &= ~stream.finished[:, None]
@@ -79,7 +88,7 @@ class Numbering:
         segment = None if continues or position is None else _segments(position, valid)
         if segment is not None:
             doc = self._number(segment + np.arange(B)[:, None] * S)
-            return Tokens(doc, _rank(doc, valid), valid, row)
+            return self._noted(Tokens(doc, _rank(doc, valid), valid, row))
         if not continues or stream.docs is None or stream.lengths is None:
             stream.docs = np.arange(self.next, self.next + B)
             stream.lengths = np.zeros(B, np.int64)
@@ -87,7 +96,14 @@ class Numbering:
         doc = np.broadcast_to(stream.docs[:, None], shape)
         pos = stream.lengths[:, None] + np.cumsum(valid, 1) - 1
         stream.lengths = stream.lengths + valid.sum(1)
-        return Tokens(doc, pos.astype(np.int32), valid, row)
+        return self._noted(Tokens(doc, pos.astype(np.int32), valid, row))
+
+    def _noted(self, tokens: Tokens) -> Tokens:
+        if self._lengths is not None:
+            numbers, counts = np.unique(tokens.doc[tokens.valid], return_counts=True)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+                self._lengths[number] = self._lengths.get(number, 0) + count
+        return tokens
 
     def _by_caller(self, doc_ids: NDArray[np.int64], valid: NDArray[np.bool_], row: NDArray[np.int64]) -> Tokens:
         B, S = valid.shape
@@ -96,17 +112,16 @@ class Numbering:
                 f"doc_ids: expected one per row [{B}] or one per token [{B}, {S}] of the call, got shape"
                 f" {list(doc_ids.shape)}; call label() again when the batch changes."
             )
+        if self._lengths is None:
+            self._lengths = dict(self._held())
         doc = np.broadcast_to(doc_ids[:, None] if doc_ids.ndim == 1 else doc_ids, valid.shape)
         valid = valid & (doc >= 0)
         pos = _rank(doc, valid)
         for number in np.unique(doc[valid]).tolist():
-            of = valid & (doc == number)
-            before = self._lengths.get(number, 0)
-            pos[of] += before
-            self._lengths[number] = before + int(of.sum())
+            pos[valid & (doc == number)] += self._lengths.get(number, 0)
         if valid.any():
             self.next = max(self.next, int(doc[valid].max()) + 1)
-        return Tokens(doc, pos, valid, row)
+        return self._noted(Tokens(doc, pos, valid, row))
 
     def _number(self, key: NDArray[np.int64]) -> NDArray[np.int64]:
         """Keys as consecutive new document numbers, in rising order."""
@@ -116,14 +131,27 @@ class Numbering:
         return doc
 
 
+def parse_doc_ids(doc_ids: Any) -> NDArray[np.int64] | None:
+    """The caller's numbers as an array; ValueError unless they are integers [B] or [B, S]."""
+    if doc_ids is None:
+        return None
+    numbers = np.asarray(doc_ids.cpu() if hasattr(doc_ids, "cpu") else doc_ids)
+    if not np.issubdtype(numbers.dtype, np.integer) or numbers.ndim not in (1, 2):
+        raise ValueError(
+            f"doc_ids: expected integers [B] or [B, S], got {numbers.dtype} of shape {list(numbers.shape)}."
+        )
+    return numbers.astype(np.int64)
+
+
 def _segments(position: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.int64] | None:
     """Numbers [B, S] of the packed sequences in each row, or None if no row packs any: positions begin anew at 0."""
     if position.ndim != 2:  # more axes are those of images
         return None
-    begins = valid & (np.broadcast_to(position, valid.shape) == 0)
-    if not (begins.sum(1) > 1).any():
+    first = valid & (np.cumsum(valid, 1) == 1)
+    again = valid & ~first & (np.broadcast_to(position, valid.shape) == 0)
+    if not again.any():
         return None
-    return np.maximum(np.cumsum(begins, 1) - 1, 0)
+    return np.maximum(np.cumsum(first | again, 1) - 1, 0)  # the first piece of a row may go on with an earlier one
 
 
 def _rank(doc: NDArray[np.int64], valid: NDArray[np.bool_]) -> NDArray[np.int32]:

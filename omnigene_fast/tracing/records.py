@@ -23,7 +23,8 @@ def unused(num_experts: int) -> int:
 
 
 def text_hash(token: NDArray[np.int32]) -> str:
-    """16 hexadecimal digits that stand for a document's token ids: the same text in the runs of two checkpoints."""
+    """16 hexadecimal digits that stand for token ids: those of a document's first call, its text or its prompt, by
+    which the runs of two checkpoints are paired."""
     return hashlib.blake2b(np.ascontiguousarray(token, np.int32).tobytes(), digest_size=8).hexdigest()
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .. import reference
 from ..integrations import gemma4
 from .calls import Call, Streams, Watch, valid_tokens
-from .description import end_tokens
-from .identity import Numbering, Stream
+from .description import end_tokens, process_rank
+from .identity import Numbering, Stream, parse_doc_ids
 from .run import Run, open_trace
+from .store import DOCS_PER_RANK
 
 MISSING = ("raise", "recompute")
 _NONE = -1  # an id that stands for "route this token live"
@@ -26,11 +27,11 @@ def replay(model: nn.Module, run: Run | str | Path, *, missing: str = "raise") -
     """Route the calls of `model` as a run recorded them: `with omnigene_fast.replay(model, run): model(**batch)`.
 
     Tokens are found by document and position, so the calls have to bring the same documents in the same order, or be
-    numbered with `Replay.label(doc_ids=...)`; every token's id is compared. Experts run in the recorded order. Their
-    weights come from the live router: its softmax at the recorded ids, divided by their sum, times the per-expert
-    scale; gradients flow. Where the live router would have chosen the same experts in the same order, its own weights
-    stand, to the bit. Works in inference, `generate` and training, with gradient checkpointing, on accelerated and on
-    stock models; every call waits for its token ids.
+    numbered with `Replay.label(doc_ids=...)`, as those of another rank have to be; every token's id is compared.
+    Experts run in the recorded order. Their weights come from the live router: its softmax at the recorded ids, divided
+    by their sum, times the per-expert scale; gradients flow. Where the live router would have chosen the same experts
+    in the same order, its own weights stand, to the bit. Works in inference, `generate` and training, with gradient
+    checkpointing, on accelerated and on stock models; every call waits for its token ids.
 
     Args:
         model: Gemma-4 with routers, of the layers and experts of the run.
@@ -83,7 +84,7 @@ class Replay:
         if self._watch is not None:
             raise RuntimeError("replay: this replay is open already; make another one with replay().")
         self._records = _Records(self._run)
-        self._numbering = Numbering(0, end_tokens(self._model))
+        self._numbering = Numbering(process_rank() * DOCS_PER_RANK, end_tokens(self._model))
         self._streams = Streams(Stream)
         self._watch = Watch(self._model, list(self._routers.values()), self._begin, self._end)
         self._hooks = [
@@ -113,7 +114,7 @@ class Replay:
 
     def label(self, *, doc_ids: Any = None) -> None:
         """Number the documents of the calls that follow, one per row [B] or per token [B, S]; None: in order."""
-        self._doc_ids = None if doc_ids is None else np.asarray(doc_ids, np.int64)
+        self._doc_ids = parse_doc_ids(doc_ids)
 
     def _begin(self, call: Call) -> None:
         valid, token, position = (

@@ -1,7 +1,7 @@
 """What happens to a call's records in the background thread: who the tokens are, then into the store."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .buffers import Host, Taken
-from .identity import Numbering, Stream
+from .identity import Numbering, Stream, Tokens
 from .records import Records, text_hash, unused
 
 COMMIT_SECONDS = 60.0  # after which even a small segment is made durable
@@ -57,7 +57,7 @@ class Scribe:
 
     def __init__(self, store: Any, layers: Sequence[int], num_experts: int, eos: tuple[int, ...]) -> None:
         self._store, self._layers, self._unused = store, layers, unused(num_experts)
-        self._numbering = Numbering(store.next_doc, eos)
+        self._numbering = Numbering(store.next_doc, eos, store.documents)
         self._committed = time.monotonic()
         self.tokens = self.dropped = 0
 
@@ -94,12 +94,11 @@ class Scribe:
             None if stats is None else _of(stats, flat),
         )
         numbers, first = np.unique(doc, return_index=True)
-        labels, hashes = {}, {}
-        for number, at in zip(numbers.tolist(), first.tolist(), strict=True):
-            labels[number] = handover.row_labels(int(row[at]))
-            if token is not None and records.pos[at] == 0:
-                hashes[number] = text_hash(records.token[doc == number])
-        self._store.add(records, labels, hashes)
+        labels = {
+            number: handover.row_labels(int(row[at]))
+            for number, at in zip(numbers.tolist(), first.tolist(), strict=True)
+        }
+        self._store.add(records, labels, {} if token is None else _hashes(tokens, token, labels))
         self.tokens += len(flat)
         if time.monotonic() - self._committed > COMMIT_SECONDS:
             self._store.commit()
@@ -112,6 +111,12 @@ class Scribe:
                 f"trace: the router of layer {self._layers[int(silent.argmax())]} did not write all its tokens; do not"
                 " accelerate, restore or compile the model while a trace is open."
             )
+
+
+def _hashes(tokens: Tokens, token: NDArray[Any], wanted: Collection[int]) -> dict[int, str]:
+    """Of the documents that begin in this call, recorded or not: the hash of the tokens that it brings."""
+    doc, pos, ids = (each[tokens.valid] for each in (tokens.doc, tokens.pos, token))
+    return {number: text_hash(ids[doc == number]) for number in doc[pos == 0].tolist() if number in wanted}
 
 
 def _of(array: NDArray[Any], rows: NDArray[np.intp]) -> NDArray[Any]:

@@ -1,16 +1,20 @@
 """Tracing a file of texts: `omnigene-fast trace`, in batches that a second run makes again, so that it can go on."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .capture import Tracer, trace
+from .labels import check_name, check_text
+from .records import text_hash
+from .run import open_trace
 
 WINDOW = 512  # rows that are sorted by length together
 Encode = Callable[[list[str]], list[list[int]]]
@@ -35,9 +39,11 @@ def read_rows(path: str | Path, text: str = "text", labels: Sequence[str] = (), 
         limit: rows to read, from the beginning.
 
     Raises:
-        ValueError: no file, no row, a line that is not a JSON object, or without a text.
+        ValueError: no file, no row, a line that is not a JSON object, or without a text; a label that cannot be one.
     """
     path = Path(path)
+    for name in labels:
+        check_name(name)
     if not path.is_file():
         raise ValueError(f"data: expected a JSON-lines file, got {str(path)!r}.")
     rows: list[Row] = []
@@ -68,6 +74,7 @@ def _row(number: int, line: str, text: str, labels: Sequence[str]) -> Row:
         value = row.get(name)
         if isinstance(value, (str, int, float)):
             found[name] = value if isinstance(value, str) else json.dumps(value)
+            check_text(found[name], f"labels: expected the value of {name!r} in line {number + 1}")
         elif value is not None:
             raise ValueError(f"labels: expected text or a number in {name!r} of line {number + 1}, got {value!r}.")
     return Row(number, row[text], found)
@@ -105,22 +112,20 @@ def trace_texts(
         the closed `Tracer`, whose `tokens` are 0 if the run held all rows.
 
     Raises:
-        ValueError: a text without tokens, or what `trace` raises.
+        ValueError: a text without tokens, a run that holds other texts under these numbers, or what `trace` raises.
     """
     device = next(model.parameters()).device
+    names = sorted({name for row in rows for name in row.labels})
     tracer = trace(model, path, **options)
     with torch.no_grad(), tracer:
-        done = tracer.recorded_documents()
+        held = open_trace(path).gathered
+        done = dict(zip(held.doc_ids.tolist(), held.text_hash.tolist(), strict=True))
         total = sum(row.number not in done for row in rows)
-        if not total:
-            tracer.abandon()
-            return tracer
         with tqdm(total=total, desc="tracing", unit="text", disable=not progress) as bar:
             for batch in _batches(rows, encode, max_length, batch_tokens):
-                todo = [(row, ids) for row, ids in batch if row.number not in done]
+                todo = [(row, ids) for row, ids in batch if not _is_held(row, ids, done, path)]
                 if not todo:
                     continue
-                names = sorted({name for row, _ in todo for name in row.labels})
                 tracer.label(
                     doc_ids=[row.number for row, _ in todo],
                     **{name: [row.labels.get(name) for row, _ in todo] for name in names},
@@ -128,7 +133,20 @@ def trace_texts(
                 ids, mask = _padded([ids for _, ids in todo], pad)
                 model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
                 bar.update(len(todo))
+        if not total:
+            tracer.abandon()
     return tracer
+
+
+def _is_held(row: Row, ids: list[int], done: Mapping[int, Any], path: str | Path) -> bool:
+    if row.number not in done:
+        return False
+    if done[row.number] not in (None, text_hash(np.array(ids, np.int32))):
+        raise ValueError(
+            f"data: expected the texts that {str(path)!r} was made of, got another one in line {row.number + 1}; give"
+            " the same file, tokenizer and length, or another path."
+        )
+    return True
 
 
 def _batches(

@@ -30,7 +30,7 @@ def our_hooks(model):
         for module in model.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     ]
-    return [hook for hook in hooks if "omnigene_fast" in repr(hook) or "Watch" in repr(hook)]
+    return [hook for hook in hooks if any(word in repr(hook) for word in ("omnigene_fast", "Watch", "_record_by_hook"))]
 
 
 def train(tmp_path, callback, *, steps=5, accelerated=True, **options):
@@ -85,24 +85,42 @@ def test_the_measured_steps_may_be_kept(tmp_path):
     assert set(run.documents["stage"]) == {"cpt"}
 
 
-def test_a_step_that_cannot_be_measured_does_not_stop_training(tmp_path, monkeypatch, caplog):
-    from omnigene_fast.tracing import calls
+@pytest.mark.parametrize("fault", ["nothing seen", "no disk"])
+def test_a_step_that_cannot_be_measured_does_not_stop_training(fault, tmp_path, monkeypatch, caplog):
+    from omnigene_fast.tracing import calls, manifest
 
-    monkeypatch.setattr(calls.Watch, "_before", lambda *_: None)
-    trainer, logger = train(tmp_path, omnigene_fast.RouterTraceCallback(every=2), steps=2)
+    path = None
+    if fault == "nothing seen":
+        monkeypatch.setattr(calls.Watch, "_before", lambda *_: None)
+    else:
+        path = tmp_path / "run"
+        monkeypatch.setattr(manifest, "write_segment", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space")))
+    trainer, logger = train(tmp_path, omnigene_fast.RouterTraceCallback(every=2, path=path), steps=2)
     assert trainer.state.global_step == 2
-    assert not any("router/entropy" in log for log in logger.logs)
+    assert any("router/entropy" in log for log in logger.logs) == (fault == "no disk")
     assert "this step is not measured" in caplog.text
+    assert our_hooks(trainer.model) == []
 
 
-def test_training_that_fails_leaves_the_model_clean(tmp_path):
-    model = omnigene_fast.accelerate(gemma4())
-    callback = omnigene_fast.RouterTraceCallback(every=1)
-    callback.on_step_begin(None, type("State", (), {"global_step": 0}), None, model=model)
-    assert len(our_hooks(model)) > 0
-    callback.on_train_end(None, None, None)
-    assert our_hooks(model) == []
-    assert all(block.router._omnigene_fast_trace is None for block in moe_layers(model))
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_training_that_fails_leaves_a_model_that_trains_again(accelerated, tmp_path):
+    class Stop(TrainerCallback):
+        failing = True
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if self.failing:
+                raise ZeroDivisionError
+
+    stop, callback = Stop(), omnigene_fast.RouterTraceCallback(every=1)
+    trainer, _ = train(tmp_path, callback, steps=1, accelerated=accelerated)
+    trainer.add_callback(stop)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    stop.failing = False
+    trainer.train()
+    assert our_hooks(trainer.model) == []
+    assert all(getattr(block.router, "_omnigene_fast_trace", None) is None for block in moe_layers(trainer.model))
+    assert sum("router/entropy" in log for log in trainer.state.log_history) >= 1
 
 
 def test_scalars_by_hand():

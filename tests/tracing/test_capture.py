@@ -1,13 +1,16 @@
 """What a trace holds against what the routers returned: padded, packed, generated, checkpointed, compiled."""
 
 import copy
+import functools
 
 import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 
 import omnigene_fast
+import omnigene_fast.tracing.calls
 from omnigene_fast.integrations import gemma4 as gemma4_integration
 from omnigene_fast.tracing import buffers, capture
 from omnigene_fast.tracing.records import PHASES, STATISTICS
@@ -189,6 +192,146 @@ def test_a_finished_row_is_recorded_no_further():
     assert min(expected) < 15, "no row ended early"
 
 
+def test_a_second_turn_wakes_rows_that_had_ended(tmp_path):
+    model = prepared("reference")
+    ids, turn = tokens(2, 8), tokens(2, 5, seed=1)
+    model.generation_config.eos_token_id = None
+    free = model.generate(ids, max_new_tokens=8, do_sample=False)
+    model.generation_config.eos_token_id = int(free[0, 10])
+    model.generation_config.pad_token_id = 0
+    with omnigene_fast.trace(model) as tr:
+        first = model.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+        before = tr.counts.sum((1, 2)) // (3 * TOP_K)
+        with torch.no_grad():
+            model(turn, past_key_values=first.past_key_values)
+        after = tr.counts.sum((1, 2)) // (3 * TOP_K)
+    assert before.min() < 15
+    assert (after - before).tolist() == [5, 5]
+
+
+def test_a_mask_as_long_as_a_static_cache(tmp_path):
+    model = prepared("reference")
+    ids = tokens(2, 6)
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, :3] = 0
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad(), omnigene_fast.trace(model, tmp_path / "run"):
+        model(ids, attention_mask=mask, past_key_values=cache)
+    run = omnigene_fast.open_trace(tmp_path / "run")
+    assert run.documents["n_tokens"].tolist() == [6, 3]
+    assert [records.token.tolist() for _, records in run.iter_documents()] == [ids[0].tolist(), ids[1, 3:].tolist()]
+
+
+def test_a_packed_row_may_begin_within_a_document(tmp_path):
+    model = prepared("reference")
+    with torch.no_grad(), omnigene_fast.trace(model, tmp_path / "run"):
+        model(tokens(1, 12), position_ids=torch.tensor([[5, 6, 7, 8, 0, 1, 2, 3, 0, 1, 2, 3]]))
+    assert omnigene_fast.open_trace(tmp_path / "run").documents["n_tokens"].tolist() == [4, 4, 4]
+
+
+def test_numbers_that_are_held_already_go_on(tmp_path):
+    """The same number continues its document: numbered automatically before, or in an earlier session."""
+    model = prepared("reference")
+    ids = tokens(2, 6)
+    for session in range(2):
+        with torch.no_grad(), omnigene_fast.trace(model, tmp_path / "run") as tr:
+            if session == 0:
+                model(ids)
+            tr.label(doc_ids=[1, 7])
+            model(ids)
+    run = omnigene_fast.open_trace(tmp_path / "run")
+    assert run.verify() == []
+    assert dict(zip(run.documents["doc_id"], run.documents["n_tokens"], strict=True)) == {0: 6, 1: 18, 7: 12}
+
+
+def test_an_interrupted_forward_stops_nothing():
+    model = prepared("reference")
+    ids = tokens(1, 4)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), omnigene_fast.trace(model) as tr:
+        hook = moe_layers(model)[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids)
+        hook.remove()
+        model(ids)
+        model(ids)
+    assert tr.calls == 2
+    assert tr.counts.sum() == 2 * 4 * 3 * TOP_K
+
+
+def test_a_copy_of_the_model_is_not_traced():
+    model = prepared("cpu")
+    ids = tokens(1, 4)
+    with torch.no_grad(), omnigene_fast.trace(model) as tr:
+        twin = copy.deepcopy(model)
+        twin(ids)
+        model(ids)
+        assert tr.calls == 1
+        with omnigene_fast.trace(prepared("cpu")) as other:
+            other._model(ids)
+
+
+def test_labels_are_those_of_the_call():
+    model = prepared("reference")
+    names = ["a", "b"]
+    with torch.no_grad(), omnigene_fast.trace(model) as tr:
+        tr.label(task=names, part="x")
+        model(tokens(2, 4))
+        names[:] = ["c", "d"]
+        tr.label(part=None)
+        model(tokens(2, 4))
+        tr.settle()
+        labels = tr._store.snapshot()[2]
+    assert labels == [{"task": "a", "part": "x"}, {"task": "b", "part": "x"}, {"task": "a"}, {"task": "b"}]
+
+
+def test_a_mask_that_cannot_be_read_may_be_given():
+    model = prepared("reference")
+    ids, odd = tokens(1, 4), torch.ones(1, 4, 4).tril()[:, None, :, :3]
+    with torch.no_grad(), pytest.raises(ValueError, match="pass mask= to say which tokens count"):
+        omnigene_fast.tracing.calls.valid_tokens(call_of(ids, odd))
+    with torch.no_grad(), omnigene_fast.trace(model, mask=torch.tensor([[1, 1, 1, 0]])) as tr:
+        model(ids)
+    assert tr.tokens == 3
+
+
+def call_of(ids, mask):
+    from omnigene_fast.tracing.calls import describe
+
+    return describe(prepared("reference"), {"input_ids": ids, "attention_mask": mask})
+
+
+def test_a_full_disk_at_the_end_can_be_closed_again(tmp_path, monkeypatch):
+    from omnigene_fast.tracing import manifest
+
+    model, write = prepared("reference"), manifest.write_segment
+    tr = omnigene_fast.trace(model, tmp_path / "run")
+    with torch.no_grad():
+        tr.__enter__()
+        model(tokens(2, 4))
+    monkeypatch.setattr(manifest, "write_segment", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space")))
+    with pytest.raises(OSError, match="No space"):
+        tr.close()
+    monkeypatch.setattr(manifest, "write_segment", write)
+    tr.close()
+    assert omnigene_fast.open_trace(tmp_path / "run").documents["n_tokens"].tolist() == [4, 4]
+
+
+def test_the_model_of_a_run_may_move_and_switch(tmp_path):
+    """What a model is called and whether it caches is no part of what it is: its run is continued."""
+    model = prepared("reference")
+    for change in ({}, {"use_cache": False}, {"_name_or_path": "elsewhere"}):
+        for name, value in change.items():
+            setattr(model.config, name, value)
+        meta = {"model": "the same"}
+        with torch.no_grad(), omnigene_fast.trace(model, tmp_path / "run", meta=meta):
+            model(tokens(1, 4))
+    assert len(omnigene_fast.open_trace(tmp_path / "run").documents) == 3
+
+
 def test_a_chat_goes_on_with_its_cache(tmp_path):
     model = prepared("reference")
     ids = tokens(2, 10)
@@ -248,13 +391,37 @@ def test_compiled(how, backend, tmp_path):
     assert_recorded(tmp_path / "run", made.forwards(), [rows_of(mask), second])
 
 
-def test_compiled_training_counts_once():
-    model = prepared("reference").train()
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_compiled_training_counts_once(backend, checkpointing):
+    model = prepared(backend).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = tokens(2, 8)
     compiled = torch.compile(model, backend="aot_eager")
     with omnigene_fast.trace(compiled) as tr:
-        compiled(ids, labels=ids).loss.backward()
-    assert tr.counts.sum() == 16 * 3 * TOP_K
+        for _ in range(2):
+            compiled(ids, labels=ids).loss.backward()
+    assert tr.counts.sum() == 2 * 16 * 3 * TOP_K
+
+
+def test_generate_with_a_compiled_call(tmp_path, monkeypatch):
+    """With a static cache on a GPU `generate` decodes by torch.compile(model.__call__); forced here on the CPU."""
+    model = prepared("cpu")
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *_: True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    ids = tokens(2, 6)
+    model.generation_config.eos_token_id = None
+    with omnigene_fast.trace(model, tmp_path / "run") as tr:
+        config = transformers.CompileConfig(backend="aot_eager", fullgraph=False, mode=None)
+        out = model.generate(
+            ids, max_new_tokens=5, do_sample=False, cache_implementation="static", compile_config=config
+        )
+    assert tr.calls == 5
+    run = omnigene_fast.open_trace(tmp_path / "run")
+    assert run.verify() == []
+    assert [records.token.tolist() for _, records in run.iter_documents()] == out[:, :10].tolist()
+    assert "get_compiled_call" not in model.__dict__
 
 
 def test_a_model_compiled_before_is_traced_after():
@@ -420,7 +587,7 @@ def test_a_full_budget(policy, tmp_path, monkeypatch):
             tr.flush()
     recorded = {"block": 4, "drop": 2, "raise": 1}[policy]
     assert tr.tokens == recorded * 16
-    assert tr.dropped == (48 if policy == "drop" else 0)
+    assert tr.dropped == {"block": 0, "drop": 48, "raise": 16}[policy]
     run = omnigene_fast.open_trace(tmp_path / "run")
     assert run.dropped == tr.dropped
     assert run.documents["n_tokens"].tolist() == [8] * 2 * recorded
@@ -502,6 +669,7 @@ def test_labels_reach_the_documents(tmp_path):
         model(ids)
         model(ids)
     run = omnigene_fast.open_trace(tmp_path / "run")
+    assert run.verify() == []
     table = run.documents
     assert table["doc_id"].tolist() == [0, 1, 2, 3, 17]
     assert table["task"].tolist() == ["dna", "dna", "rna", odd, "rna"]
