@@ -240,10 +240,9 @@ def _layers(text: str | None) -> list[int] | None:
 
 def _summary(run: Any) -> str:
     documents = run.documents
-    labels = [name for name in documents.columns if name not in ("doc_id", "n_tokens", "text_hash")]
     return (
         f"{run.path}: {int(documents['n_tokens'].sum()):,} tokens of {len(documents):,} documents"
-        f" (labels: {', '.join(labels) or 'none'}), {len(run.layers)} layers, {run.num_experts} experts,"
+        f" (labels: {', '.join(run.labels) or 'none'}), {len(run.layers)} layers, {run.num_experts} experts,"
         f" top-{run.top_k}, {', '.join(('counts', *run.record))}"
     )
 

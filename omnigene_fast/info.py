@@ -55,7 +55,6 @@ def trace_report(path: Path) -> str:
 
     run = open_trace(path)
     documents = run.documents
-    labels = [name for name in documents.columns if name not in ("doc_id", "n_tokens", "text_hash")]
     shape = f"{len(run.layers)} ({_ranges(run.layers)}), {run.num_experts} experts, top-{run.top_k}"
     size = sum(segment.part.size + segment.docs.size for segment in run.segments)
     known = ("model", "model_class", "config_hash", "dtype", "quantization", "numerics", "tokenizer", "created")
@@ -75,7 +74,7 @@ def trace_report(path: Path) -> str:
         ),
         *_section("origin", [(name, str(run.meta[name])) for name in known if run.meta.get(name) is not None]),
     ]
-    for name in labels:
+    for name in run.labels:
         tokens = documents.groupby(documents[name].fillna("(none)"))["n_tokens"].agg(["size", "sum"])
         rows = [
             (str(value), f"{row['size']:>7,} documents {row['sum']:>11,} tokens") for value, row in tokens.iterrows()

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from .layout import File
+from .layout import File, first_line
 from .records import KINDS, STATISTICS, id_dtype
 
 ROW_GROUP = 65536  # tokens
@@ -93,8 +93,9 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, EOFError, KeyError) as error:
-        text = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise ValueError(f"{path}: expected a whole Parquet file, but reading it failed: {text}.") from error
+        raise ValueError(
+            f"{path}: expected a whole Parquet file, but reading it failed: {first_line(error)}."
+        ) from error
 
 
 def check_size(directory: Path, file: File) -> Path:

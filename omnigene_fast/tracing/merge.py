@@ -1,8 +1,6 @@
 """Several runs of one shape as one run."""
 
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import layout
+from .beside import new_directory
 from .columns import DOCUMENT_ROWS, LABEL, ROW_GROUP, docs_schema, encode, opened_docs
 from .labels import check_text
 from .manifest import Segment, write_segment
@@ -47,19 +46,9 @@ def merge(
     sources = [run if isinstance(run, Run) else open_trace(run) for run in runs]
     target = Path(path)
     labels = _check(sources, [run.name for run in sources] if names is None else list(names))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target}: expected nothing or an empty directory, got something; choose another path.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}{layout.TEMPORARY}")
-    beside.mkdir()
-    try:
+    with new_directory(target) as beside:
         layout.create_or_check(beside, _meta(sources, labels))
         _copy(sources, labels, beside, progress)
-        beside.rename(target)
-        layout.sync_directory(target.parent)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     return open_trace(target)
 
 

@@ -61,6 +61,11 @@ class Run:
         self.record: tuple[str, ...] = tuple(meta["record"])
 
     @property
+    def labels(self) -> list[str]:
+        """Names of the documents' labels."""
+        return sorted(self.gathered.labels)
+
+    @property
     def dropped(self) -> int:
         """Tokens that were not recorded, because more waited for the writer than the trace's budget allowed."""
         return sum(segment.dropped for segment in self.segments)

@@ -84,7 +84,7 @@ def test_runs_that_do_not_fit_are_refused(tmp_path):
         merge([a, same_name], target)
     assert merge([a, same_name], target, names=["x", "y"]).documents["run"].tolist() == ["x", "y"]
     before = contents(target)
-    with pytest.raises(FileExistsError, match="merged: expected nothing or an empty directory"):
+    with pytest.raises(FileExistsError, match="merged: expected nothing there, found something"):
         merge([a], target)
     assert contents(target) == before
 

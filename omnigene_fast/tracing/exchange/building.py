@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..beside import new_directory
 from ..records import PHASES, Records, id_dtype, text_hash
 from ..store import Writer
-from .files import new_directory
 
 Labels = Mapping[str, str] | Sequence[Mapping[str, str]] | None
 

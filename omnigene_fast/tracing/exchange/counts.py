@@ -17,8 +17,9 @@ from urllib.parse import quote, unquote
 import numpy as np
 from numpy.typing import NDArray
 
+from ..beside import new_file
 from .building import Labels, new_run
-from .files import OWN, as_counts, check_layers, existing, new_file, reading, resolve_meta
+from .files import OWN, as_counts, check_layers, existing, reading, resolve_meta
 
 if TYPE_CHECKING:
     from ..run import Run

@@ -19,10 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ..beside import new_directory, new_file
 from ..columns import naming
 from ..records import STATISTICS, Records, id_dtype
 from .building import Labels, new_run
-from .files import OWN, existing, new_directory, new_file, portable_meta, resolve_meta
+from .files import OWN, existing, portable_meta, resolve_meta
 from .responses import every_document
 
 if TYPE_CHECKING:

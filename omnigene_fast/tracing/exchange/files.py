@@ -1,15 +1,13 @@
-"""What the formats share: new files that overwrite nothing, what a run says of itself, JSON lines, numpy files."""
+"""What the formats share: what a run says of itself, JSON lines, numpy files."""
 
 import json
 import os
-import shutil
-import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,65 +20,6 @@ if TYPE_CHECKING:
 OWN = "omnigene_fast"  # the key of what we add to a format; its other readers skip it
 _SHAPE = ("layers", "num_experts", "top_k")
 _PRIVATE = ("format", "record", "imported")  # what meta.json says of a directory and not of the trace
-
-
-@contextmanager
-def new_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write to beside `path`; at the end of the block it is made durable and gets its name.
-
-    Raises:
-        FileExistsError: something is at `path`, now or at the end of the block.
-    """
-    target = Path(path)
-    _check_new(target)
-    beside = _beside(target)
-    try:
-        with open(beside, "x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(beside, target)  # unlike a rename, it never replaces
-        except FileExistsError:
-            _check_new(target)
-            raise
-        except OSError:  # a file system without hard links
-            _check_new(target)
-            beside.rename(target)
-        layout.sync_directory(target.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory to fill beside `path`; at the end of the block it gets its name.
-
-    Raises:
-        FileExistsError: a file or a directory that is not empty is at `path`.
-    """
-    target = Path(path)
-    if not (target.is_dir() and not any(target.iterdir())):
-        _check_new(target)
-    beside = _beside(target)
-    beside.mkdir()
-    try:
-        yield beside
-        beside.rename(target)
-        layout.sync_directory(target.parent)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-
-
-def _check_new(target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise FileExistsError(f"{target}: expected nothing there, found something; choose another path.")
-
-
-def _beside(target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex}{layout.TEMPORARY}")
 
 
 def portable_meta(run: "Run") -> dict[str, Any]:
@@ -151,8 +90,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError) as error:
-                text = str(error).splitlines()[0].rstrip(".")
-                raise ValueError(f"{where}: expected a JSON object, got {text}.") from None
+                raise ValueError(f"{where}: expected a JSON object, got {layout.first_line(error)}.") from None
             for item in entry if isinstance(entry, list) else [entry]:
                 if not isinstance(item, dict):
                     raise ValueError(f"{where}: expected a JSON object, got {type(item).__name__}.")
@@ -177,7 +115,7 @@ def reading(where: object) -> Iterator[None]:
     except (ValueError, EOFError, OSError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
             raise
-        text = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        text = layout.first_line(error)
         if "pickle" in text:
             raise ValueError(
                 f"{where}: expected arrays of numbers, got pickled objects or no numpy file; neither is read."

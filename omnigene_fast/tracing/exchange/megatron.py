@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..beside import new_directory, new_file
 from .building import Labels, new_run, phase_number
-from .files import OWN, existing, json_lines, new_directory, new_file, own_part, resolve_meta
+from .files import OWN, existing, json_lines, own_part, resolve_meta
 from .responses import every_document, kinds_left_out, own_entry
 
 if TYPE_CHECKING:

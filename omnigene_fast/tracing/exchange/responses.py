@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..beside import new_file
 from . import arrays
 from .building import Labels, new_run
-from .files import OWN, existing, json_lines, new_file, own_part, portable_meta, resolve_meta
+from .files import OWN, existing, json_lines, own_part, portable_meta, resolve_meta
 
 if TYPE_CHECKING:
     from ..records import Records
