@@ -1,8 +1,8 @@
 """Fast, exact and observable mixture-of-experts for Gemma-4, as a drop-in for transformers.
 
 Importing this package registers the experts implementation "omnigene_fast" with transformers. It needs neither triton
-nor a GPU: the kernels are imported by the first call that runs them, and what reads, replays and analyses traces by the
-first use of its name.
+nor a GPU: the kernels are imported by the first call that runs them, and what makes, reads, replays and analyses traces
+by the first use of its name.
 """
 
 import importlib
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from . import autograd as _autograd  # noqa: F401  (registers the operators' autograd rule)
 from . import ops
 from .integrations.transformers import accelerate, restore
-from .tracing.capture import trace
 
 if TYPE_CHECKING:
     from . import analysis
     from .tracing.callback import RouterTraceCallback
+    from .tracing.capture import trace
     from .tracing.replay import replay
     from .tracing.run import open_trace
 
@@ -37,6 +37,7 @@ _LATER = {
     "analysis": ".analysis",
     "open_trace": ".tracing.run",
     "replay": ".tracing.replay",
+    "trace": ".tracing.capture",
 }
 
 try:

@@ -126,13 +126,20 @@ def test_importing_does_not_load_the_modelling_code():
     script = """
 import sys, omnigene_fast
 assert "transformers.models.gemma4.modeling_gemma4" not in sys.modules
+from omnigene_fast import trace  # counts in memory need no package of the store
+assert not {"pyarrow", "pandas", "duckdb", "plotly"} & sys.modules.keys()
 """
     run(sys.executable, "-c", script, cwd=ROOT, PYTHONPATH=str(ROOT))
 
 
 def test_public_names():
-    assert set(omnigene_fast.__all__) == {"__version__", "accelerate", "ops", "restore"}
-    assert all(hasattr(omnigene_fast, name) for name in omnigene_fast.__all__)
+    names = {"__version__", "accelerate", "ops", "restore"}
+    names |= {"RouterTraceCallback", "analysis", "open_trace", "replay", "trace"}
+    assert set(omnigene_fast.__all__) == names
+    assert all(hasattr(omnigene_fast, name) for name in names)
+    assert names <= set(dir(omnigene_fast))
+    with pytest.raises(AttributeError, match="has no attribute 'traces'"):
+        _ = omnigene_fast.traces
 
 
 def test_bug_35_without_pybind11_the_install_goes_on(tmp_path):
