@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from .coactivation import coactivation, coactivation_counts, flow, flow_counts
 from .decomposition import decompose, decomposition_of
-from .divergence import differentiation, divergence, divergence_summary, generalized_js, js_divergence
+from .divergence import (
+    differentiation,
+    divergence,
+    divergence_summary,
+    divergence_tables,
+    generalized_js,
+    js_divergence,
+)
 from .entropy import router_entropy
 from .load import load
 from .locality import locality
@@ -29,6 +36,7 @@ __all__ = [
     "differentiation",
     "divergence",
     "divergence_summary",
+    "divergence_tables",
     "domain",
     "flow",
     "flow_counts",

@@ -1,10 +1,12 @@
 """How differently groups of documents are routed: Jensen-Shannon divergence, by layer."""
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .entropy import shannon
 from .groups import Groups, RunLike, check_permutations, check_unit, group
 from .permutation import deleted_pairs, null_mean, null_pair, pair_values
 from .resampling import Jackknife, benjamini_hochberg, p_value
@@ -79,18 +81,7 @@ def divergence(
     Raises:
         ValueError: no such label, fewer than two groups, an unknown base.
     """
-    import pandas as pd
-
-    unit = check_unit(base)
-    check_permutations(permutations)
-    groups = group(run, by, minimum=2)
-    frames = []
-    for a, b, estimate, null in _estimates(groups, permutations, seed):
-        frames.append(pd.DataFrame({"layer": groups.layers, **_columns(groups, a, b, estimate, null, unit)}))
-    table = pd.concat(frames, ignore_index=True)
-    table["q_value"] = benjamini_hochberg(table["p_value"])
-    table["unit"] = base
-    return _ordered(table.sort_values(["layer", "a", "b"], ignore_index=True), "layer")
+    return divergence_tables(run, by, permutations=permutations, seed=seed, base=base)[0]
 
 
 def divergence_summary(
@@ -101,18 +92,26 @@ def divergence_summary(
     The interval, floor and p-value are those of the mean: a document is left out of, and relabelled in, all layers at
     once. Arguments and columns as `divergence`, with `layers`, their number, in place of `layer`.
     """
+    return divergence_tables(run, by, permutations=permutations, seed=seed, base=base)[1]
+
+
+def divergence_tables(
+    run: RunLike, by: str = "task", *, permutations: int = 1000, seed: int = 0, base: str = "nats"
+) -> tuple["pandas.DataFrame", "pandas.DataFrame"]:
+    """The tables of `divergence` and `divergence_summary`, whose arguments these are, from one set of permutations."""
     import pandas as pd
 
     unit = check_unit(base)
     check_permutations(permutations)
     groups = group(run, by, minimum=2)
-    frames = []
-    for a, b, estimate, null in _estimates(groups, permutations, seed, mean=True):
-        frames.append(pd.DataFrame({"layers": [len(groups.layers)], **_columns(groups, a, b, estimate, null, unit)}))
-    table = pd.concat(frames, ignore_index=True)
-    table["q_value"] = benjamini_hochberg(table["p_value"])
-    table["unit"] = base
-    return _ordered(table, "layers")
+    layers, means = [], []
+    for a, b, value, deleted, null in _pairs(groups, permutations, seed):
+        layers.append({"layer": groups.layers, **_columns(groups, a, b, unit, value, deleted, null)})
+        mean = [_mean(value), [_mean(part) for part in deleted], None if null is None else _mean(null)]
+        means.append({"layers": [len(groups.layers)], **_columns(groups, a, b, unit, *mean)})
+    found = [pd.concat([pd.DataFrame(columns) for columns in rows], ignore_index=True) for rows in (layers, means)]
+    table = _finished(found[0], "layer", base).sort_values(["layer", "a", "b"], ignore_index=True)
+    return table, _finished(found[1], "layers", base)
 
 
 def differentiation(
@@ -147,53 +146,55 @@ def differentiation(
     return table
 
 
-def differentiation_estimate(groups: Groups, root: bool = False) -> Jackknife:
-    """Jackknife of [L + 1] the mean over pairs in each layer and, last, its mean over layers, in nats.
-
-    Args:
-        root: the mean of the square roots of the divergences (the distance) instead.
-    """
-    value, deleted = differentiation_values(groups, root)
+def differentiation_estimate(groups: Groups) -> Jackknife:
+    """Jackknife of [L + 1] the mean over pairs in each layer and, last, its mean over layers, in nats."""
+    value, deleted = differentiation_values(groups)[0]
     estimate = Jackknife(value)
     for part in deleted:
         estimate.stratum(part)
     return estimate
 
 
-def differentiation_values(groups: Groups, root: bool = False) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
-    """The mean over pairs [L + 1] (last: over layers), and per group [n, L + 1] with each document left out."""
-    change = (lambda x: np.sqrt(np.maximum(x, 0))) if root else (lambda x: x)
-    between = change(pair_values(groups.probabilities))  # [G, G, L]
-    pairs = len(groups.pairs)
-    whole = between.sum((0, 1)) / 2
-    deleted = [
-        with_mean((whole - between[g].sum(0) + change(part).sum(1)) / pairs)
-        for g, part in enumerate(deleted_pairs(groups))
-    ]
-    return with_mean(whole / pairs), deleted
+def differentiation_values(
+    groups: Groups, roots: Sequence[bool] = (False,)
+) -> list[tuple[NDArray[np.float64], list[NDArray[np.float64]]]]:
+    """The mean over pairs [L + 1] (last: over layers), and per group [n, L + 1] with each document left out.
+
+    Args:
+        roots: for each result, whether the mean is one of square roots (the distance) and not of divergences.
+    """
+    between, deleted = pair_values(groups.probabilities), deleted_pairs(groups)  # [G, G, L], each [n, G, L]
+    pairs, found = len(groups.pairs), []
+    for root in roots:
+        change = (lambda x: np.sqrt(np.maximum(x, 0))) if root else (lambda x: x)
+        changed = change(between)
+        whole = changed.sum((0, 1)) / 2
+        left = [with_mean((whole - changed[g].sum(0) + change(part).sum(1)) / pairs) for g, part in enumerate(deleted)]
+        found.append((with_mean(whole / pairs), left))
+    return found
 
 
 def with_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """[..., L] with the mean over layers behind: [..., L + 1]."""
-    return np.concatenate([values, values.mean(-1, keepdims=True)], -1)
+    return np.concatenate([values, _mean(values)], -1)
 
 
-def _estimates(groups: Groups, permutations: int, seed: int, mean: bool = False) -> Any:
-    """Per pair: positions, jackknife of [L] (mean: [1]) and permutations [R, L] or None."""
+def _pairs(groups: Groups, permutations: int, seed: int) -> Iterator[tuple[int, int, Any, list[Any], Any]]:
+    """Per pair of groups: positions, value [L], values [n, L] without each document of either, permutations [R, L]."""
     between, deleted = pair_values(groups.probabilities), deleted_pairs(groups)
     for a, b in groups.pairs:
         null = null_pair(groups, a, b, permutations, seed) if permutations else None
-        parts = [between[a, b], deleted[a][:, b], deleted[b][:, a]]
-        if mean:
-            parts = [part.mean(-1, keepdims=True) for part in parts]
-            null = None if null is None else null.mean(-1, keepdims=True)
-        yield a, b, Jackknife(parts[0]).stratum(parts[1]).stratum(parts[2]), null
+        yield a, b, between[a, b], [deleted[a][:, b], deleted[b][:, a]], null
+
+
+def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(values.mean(-1, keepdims=True))
 
 
 def _generalized(groups: Groups) -> Jackknife:
     p = groups.probabilities
-    middle, own = p.mean(0), _entropy(p)
-    estimate = Jackknife(with_mean(_entropy(middle) - own.mean(0)))
+    middle, own = p.mean(0), shannon(p)
+    estimate = Jackknife(with_mean(shannon(middle) - own.mean(0)))
     for g in range(len(p)):
         estimate.stratum(_generalized_without(groups, g, p, middle, own))
     return estimate
@@ -203,8 +204,8 @@ def _generalized_without(groups: Groups, g: int, p: Any, middle: Any, own: Any) 
     for counts in groups.without_one(g):
         with np.errstate(invalid="ignore"):
             left = counts / counts.sum(-1, keepdims=True)
-        moved = _entropy(middle + (left - p[g]) / len(p))
-        yield with_mean(moved - own.mean(0) - (_entropy(left) - own[g]) / len(p))
+        moved = shannon(middle + (left - p[g]) / len(p))
+        yield with_mean(moved - own.mean(0) - (shannon(left) - own[g]) / len(p))
 
 
 def _measured(estimate: Jackknife, null: NDArray[np.float64] | None, unit: float) -> dict[str, Any]:
@@ -220,7 +221,10 @@ def _measured(estimate: Jackknife, null: NDArray[np.float64] | None, unit: float
     }
 
 
-def _columns(groups: Groups, a: int, b: int, estimate: Jackknife, null: Any, unit: float) -> dict[str, Any]:
+def _columns(groups: Groups, a: int, b: int, unit: float, value: Any, deleted: Any, null: Any) -> dict[str, Any]:
+    estimate = Jackknife(value)
+    for part in deleted:
+        estimate.stratum(part)
     return {
         "a": groups.names[a],
         "b": groups.names[b],
@@ -232,7 +236,8 @@ def _columns(groups: Groups, a: int, b: int, estimate: Jackknife, null: Any, uni
     }
 
 
-def _ordered(table: "pandas.DataFrame", first: str) -> "pandas.DataFrame":
+def _finished(table: "pandas.DataFrame", first: str, base: str) -> "pandas.DataFrame":
+    table = table.assign(q_value=benjamini_hochberg(table["p_value"]), unit=base)
     names = "a b js corrected low high floor floor_95 p_value q_value docs_a docs_b tokens_a tokens_b unit"
     return table[[first, *names.split()]]
 
@@ -255,7 +260,3 @@ def _relative(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
     """KL(p || q) in nats."""
     some = p > 0
     return float((p[some] * np.log(p[some] / q[some])).sum())
-
-
-def _entropy(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(-(p * np.log(np.maximum(p, 1e-300))).sum(-1))

@@ -33,7 +33,12 @@ def router_entropy(values: ArrayLike, base: str = "nats") -> NDArray[np.float64]
     if not is_probability(rows):
         rows = np.exp(rows - rows.max(-1, keepdims=True))
     rows = rows / rows.sum(-1, keepdims=True)
-    return np.asarray(-(rows * np.log(np.maximum(rows, 1e-300))).sum(-1) * unit)
+    return shannon(rows) * unit
+
+
+def shannon(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Entropy in nats of distributions [..., E]; 0 ln 0 = 0."""
+    return np.asarray(-(p * np.log(np.maximum(p, 1e-300))).sum(-1))
 
 
 def is_probability(rows: NDArray[Any]) -> bool:

@@ -32,6 +32,9 @@ class RunLike(Protocol):
     @property
     def documents(self) -> "pandas.DataFrame": ...
     def batches(self, layers: Sequence[int] | None = None, kinds: Sequence[str] = ("ids",)) -> Iterator[Records]: ...
+    def iter_documents(
+        self, layers: Sequence[int] | None = None, kinds: Sequence[str] = ("ids",)
+    ) -> Iterator[tuple[dict[str, Any], Records]]: ...
 
 
 @dataclass

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .entropy import shannon
 from .groups import RunLike, group
 from .resampling import Jackknife
 
@@ -28,7 +29,9 @@ def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
         routing), dead_bound (with 95 % confidence a dead expert is used in fewer than this share of documents), entropy
         (nats), entropy_floor (ln K: the K picks of a token are distinct), entropy_max (ln E), effective_experts (exp of
         the entropy), experts, unit (of the entropy); cv, max_vio, gini, entropy and effective_experts also with
-        _corrected, _low and _high (jackknife over documents, 95 %).
+        _corrected, _low and _high (jackknife over documents, 95 %; entropy's end at ln E, effective_experts' at E). The
+        jackknife is not consistent for max_vio, a maximum: where several experts are nearly the fullest, its interval
+        is a rough guide and its correction need not remove the bias.
 
     Raises:
         ValueError: no such label, or a group without picks.
@@ -57,11 +60,15 @@ def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
             "experts": experts,
             "unit": "nats",
         }
-        for at, measure in enumerate(_JACKKNIFED):
-            columns[measure] = estimate.value[:, at]
-            columns[f"{measure}_corrected"] = estimate.corrected[:, at]
-            columns[f"{measure}_low"] = estimate.low[:, at]
-            columns[f"{measure}_high"] = estimate.high[:, at]
+        most = np.array([np.inf, np.inf, np.inf, np.log(experts), experts])
+        for name, values in (
+            ("", estimate.value),
+            ("_corrected", estimate.corrected),
+            ("_low", estimate.low),
+            ("_high", estimate.high),
+        ):
+            for measure, column in zip(_JACKKNIFED, np.minimum(values, most).T, strict=True):
+                columns[measure + name] = column
         frames.append(pd.DataFrame(columns))
     table = pd.concat(frames, ignore_index=True)
     first = ["group", "layer", "picks", "tokens", "docs"]
@@ -73,7 +80,7 @@ def _balance(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     E = counts.shape[-1]
     with np.errstate(invalid="ignore", divide="ignore"):
         share = counts / counts.sum(-1, keepdims=True)
-    entropy = -(share * np.log(np.maximum(share, 1e-300))).sum(-1)
+    entropy = shannon(share)
     ranks = np.arange(1, E + 1)
     gini = (2 * (np.sort(share, -1) * ranks).sum(-1) - (E + 1)) / E
     return np.stack([share.std(-1) * E, share.max(-1) * E - 1, gini, entropy, np.exp(entropy)], -1)

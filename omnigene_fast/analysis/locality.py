@@ -1,14 +1,15 @@
 """Whether neighbouring tokens pick the same experts."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .groups import RunLike, label_column
+from ..tracing.counting import count_picks
+from .groups import RunLike, chunk_rows, label_column
 from .resampling import ratio
-from .tokens import chosen_layers, layer_groups, one_hot, whole_documents
+from .tokens import BATCH, chosen_layers, layer_groups, shared, whole_documents
 
 if TYPE_CHECKING:
     import pandas
@@ -44,18 +45,14 @@ def locality(run: RunLike, by: str | None = None, *, layers: Sequence[int] | Non
     lengths = np.asarray(run.documents["n_tokens"], np.int64)
     pairs = np.maximum(lengths - 1, 0)
     frames = []
-    # a token of one layer: its ids, their comparison with the next token's, its row of one-hot floats
-    for some in layer_groups(kept, int(lengths.max(initial=1)) * (run.top_k**2 + 4 * run.num_experts)):
+    for some in layer_groups(kept, 2 * max(BATCH, int(lengths.max(initial=1))) * run.top_k):
         seen, expected = (np.zeros((len(lengths), len(some), len(MEASURES))) for _ in range(2))
         for part in whole_documents(run, some):
             starts = np.flatnonzero(np.diff(part.doc, prepend=-1))
-            for start, stop in zip(starts, [*starts[1:], len(part)], strict=True):
-                if stop - start > 1:
-                    row = part.doc[start]
-                    for at in range(len(some)):
-                        ids = part.ids[at, start:stop]
-                        seen[row, at] = _consecutive(ids)
-                        expected[row, at] = _shuffled(ids, run.num_experts) * pairs[row]
+            here, sizes = part.doc[starts], np.diff(starts, append=len(part))
+            for at, ids in enumerate(part.ids):
+                seen[here, at] = _consecutive(ids, sizes)
+                expected[here, at] = _shuffled(ids, sizes, run.num_experts) * pairs[here, None]
         for name in sorted({label for label in labels if label is not None}):
             rows = np.array([label == name for label in labels]) & (pairs > 0)
             if not rows.any():
@@ -87,26 +84,50 @@ def locality(run: RunLike, by: str | None = None, *, layers: Sequence[int] | Non
     return pd.concat(frames, ignore_index=True).sort_values(["group", "layer"], kind="stable", ignore_index=True)
 
 
-def _consecutive(ids: NDArray[np.unsignedinteger]) -> NDArray[np.float64]:
-    """[3] sums over consecutive tokens of a document [n, K], in the order of `MEASURES`."""
-    same = ids[1:, :, None] == ids[:-1, None, :]
-    common = same.sum((1, 2))
-    return np.array([same[:, 0, 0].sum(), (common > 0).sum(), common.sum() / ids.shape[1]], np.float64)
+def _consecutive(ids: NDArray[Any], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[d, 3] sums over consecutive tokens of each of d documents, in the order of `MEASURES`.
+
+    Args:
+        ids: [n, K] of the documents one after another, of `sizes` [d] tokens.
+    """
+    slot = np.repeat(np.arange(len(sizes)), sizes)
+    inside = slot[1:] == slot[:-1]
+    a, b, slot = ids[1:][inside], ids[:-1][inside], slot[1:][inside]
+    common = shared(a, b)
+    values = (a[:, 0] == b[:, 0], common > 0, common / ids.shape[1])
+    return np.stack([np.bincount(slot, weights=one, minlength=len(sizes)) for one in values], 1)
 
 
-def _shuffled(ids: NDArray[np.unsignedinteger], experts: int) -> NDArray[np.float64]:
-    """[3] means over ordered pairs of different tokens of a document [n, K]."""
-    n, K = ids.shape
-    first = np.bincount(ids[:, 0], minlength=experts).astype(np.float64)
-    each = np.bincount(ids.ravel(), minlength=experts).astype(np.float64)
-    hot = one_hot(ids, experts)
-    some = np.arange(n) if n <= _EXACT else np.linspace(0, n - 1, 512).astype(np.int64)
-    meet = sum(int((hot[rows] @ hot.T > 0).sum()) for rows in np.array_split(some, max(1, len(some) * n >> 22)))
-    pairs = n * (n - 1)
-    return np.array(
-        [
-            (first * (first - 1)).sum() / pairs,
-            (meet - len(some)) / (len(some) * (n - 1)),  # a token meets itself
-            (each * (each - 1)).sum() / (K * pairs),
-        ]
-    )
+def _shuffled(ids: NDArray[Any], sizes: NDArray[np.int64], experts: int) -> NDArray[np.float64]:
+    """[d, 3] means over ordered pairs of different tokens of each document; arguments as `_consecutive`."""
+    slot = np.repeat(np.arange(len(sizes)), sizes)
+    first, each = (count_picks(part[None], slot, len(sizes), experts)[:, 0] for part in (ids[:, :1], ids))
+    pairs = np.maximum(sizes * (sizes - 1), 1)
+    equal = [(counts * (counts - 1.0)).sum(-1) / pairs for counts in (first, each)]
+    return np.stack([equal[0], _meeting(ids, sizes, experts), equal[1] / ids.shape[1]], 1)
+
+
+def _meeting(ids: NDArray[Any], sizes: NDArray[np.int64], experts: int) -> NDArray[np.float64]:
+    """[d] share of the ordered pairs of different tokens of each document with a common expert."""
+    sets, out = _bits(ids, experts), np.zeros(len(sizes))
+    for at, (stop, n) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
+        if n < 2:
+            continue
+        own = sets[:, stop - n : stop]
+        some = own if n <= _EXACT else own[:, np.linspace(0, n - 1, 512).astype(np.int64)]
+        meet, step = 0, chunk_rows(some.shape[1])
+        for start in range(0, n, step):
+            common = np.bitwise_and.outer(some[0], own[0, start : start + step])
+            for word in range(1, len(sets)):
+                common |= np.bitwise_and.outer(some[word], own[word, start : start + step])
+            meet += int(np.count_nonzero(common))
+        out[at] = (meet - some.shape[1]) / (some.shape[1] * (n - 1))  # a token meets itself
+    return out
+
+
+def _bits(ids: NDArray[Any], experts: int) -> NDArray[np.uint64]:
+    """[words, n] the set of experts of each token, 64 a word."""
+    out, rows = np.zeros((-(-experts // 64), len(ids)), np.uint64), np.arange(len(ids))
+    for one in ids.T:
+        out[one // 64, rows] |= np.uint64(1) << (one % 64).astype(np.uint64)
+    return out

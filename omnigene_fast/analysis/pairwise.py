@@ -59,19 +59,15 @@ def pairwise(
     first, second, stratum = _pairs(run, by_pair, by)
     draw = np.random.default_rng(seed)
     tables = []
-    left, right = _share(run.counts[first]), _share(run.counts[second])
-    value = _js(left, right)
+    value = _values(run, first, second)
     floor = _floors(run, first, second, draw)
-    null = _repaired(left, right, stratum, permutations, draw) if permutations else None
+    null = _repaired(run, first, second, value, stratum, permutations, draw) if permutations else None
     members = np.stack([np.arange(len(first))] * 2, 1)
     tables.append(_table(run, "pair", value, floor, members, null, np.concatenate([first, second]), unit))
     if by is not None:
         a, b = _crossing(label_column(run, by), run.counts.any(axis=(1, 2)), cross, draw)
         if len(a):
-            value = np.concatenate(
-                [_js(_share(run.counts[a[s]]), _share(run.counts[b[s]])) for s in _slices(run, len(a))]
-            )
-            floor = _floors(run, a, b, draw)
+            value, floor = _values(run, a, b), _floors(run, a, b, draw)
             tables.append(_table(run, "cross", value, floor, np.stack([a, b], 1), None, np.unique([a, b]), unit))
     table = pd.concat(tables, ignore_index=True).assign(unit=base)
     return table.sort_values(["layer", "kind"], ascending=[True, False], ignore_index=True)
@@ -172,39 +168,64 @@ def _js(a: torch.Tensor, b: torch.Tensor) -> NDArray[np.float64]:
     return np.asarray((entropy((a + b) / 2) - (entropy(a) + entropy(b)) / 2).clamp_min_(0).numpy())
 
 
+def _values(run: RunLike, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[P, L] divergence of the documents in rows a and b."""
+    return np.concatenate([_js(_share(run.counts[a[s]]), _share(run.counts[b[s]])) for s in _slices(run, len(a))])
+
+
 def _floors(run: RunLike, a: NDArray[np.int64], b: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.float64]:
-    """[P, L] mean divergence when the tokens that picked an expert are dealt out to the two documents at random."""
+    """[P, L] mean divergence when the tokens that picked an expert are dealt out to the two documents at random.
+
+    Experts are dealt out on their own, so that the picks of a draw need not add up to K a token. Divided by that sum
+    they would vary less than shares do; divided by K times the tokens each expert varies as under a permutation of
+    tokens, and the mean of the divergence, a sum over experts, is exact.
+    """
     draws, out = max(1, _DRAWS // len(a)), []
-    for some in _slices(run, len(a)):
+    for some in _slices(run, len(a), draws):
         x, y = run.counts[a[some]].astype(np.int64), run.counts[b[some]].astype(np.int64)
         tokens = [counts.sum(-1, keepdims=True) // run.top_k for counts in (x, y)]
         both, size = x + y, (draws, *x.shape)
-        left = draw.hypergeometric(both, np.maximum(tokens[0] + tokens[1] - both, 0), tokens[0], size).astype(
-            np.float64
-        )
-        samples = [torch.from_numpy(sample) for sample in (left, both - left)]
-        p, q = (sample / sample.sum(-1, keepdim=True).clamp_min(1) for sample in samples)
+        left = draw.hypergeometric(both, np.maximum(tokens[0] + tokens[1] - both, 0), tokens[0], size)
+        samples = zip((left, both - left), tokens, strict=True)
+        p, q = (torch.from_numpy(sample / np.maximum(run.top_k * count, 1)) for sample, count in samples)
         out.append(_js(p, q).mean(0))
     return np.concatenate(out)
 
 
 def _repaired(
-    left: torch.Tensor, right: torch.Tensor, stratum: list[Any], permutations: int, draw: np.random.Generator
+    run: RunLike,
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
+    value: NDArray[np.float64],
+    stratum: list[Any],
+    permutations: int,
+    draw: np.random.Generator,
 ) -> NDArray[np.float64]:
-    """[R, L] mean divergence of re-formed pairs."""
-    layers = left.shape[1]
-    total = np.zeros((permutations, layers))
+    """[R, L] mean divergence of re-formed pairs.
+
+    Re-pairing leaves the documents and with them the entropies of their own shares: only that of the middle changes.
+    """
+    total = np.zeros((permutations, value.shape[1]))
     for name in sorted(set(stratum), key=str):
-        rows = np.array([at for at, one in enumerate(stratum) if one == name])
-        order = np.stack([draw.permutation(len(rows)) for _ in range(permutations)])
-        for layer in range(layers):
-            a, b = left[rows, layer], right[rows, layer]
-            own = entropy(b)
-            every = torch.stack([entropy((one + b) / 2) - (entropy(one) + own) / 2 for one in a]).numpy()
-            total[:, layer] += every[np.arange(len(rows)), order].sum(1)
+        here = np.array([at for at, one in enumerate(stratum) if one == name])
+        a, b = first[here], second[here]
+        total += value[here].sum(0) - _middles(run, a, b).sum(0)
+        if len(here) > permutations:
+            for one in total:
+                one += _middles(run, a, b[draw.permutation(len(here))]).sum(0)
+            continue
+        order = np.stack([draw.permutation(len(here)) for _ in range(permutations)])
+        for at, row in enumerate(a):
+            total += _middles(run, np.full_like(b, row), b)[order[:, at]]
     return total / len(stratum)
 
 
-def _slices(run: RunLike, pairs: int) -> list[slice]:
-    size = chunk_rows(max(1, _DRAWS // pairs) * int(np.prod(run.counts.shape[1:])))
+def _middles(run: RunLike, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[P, L] entropy of the mean of the shares of the documents in rows a and b."""
+    found = [entropy((_share(run.counts[a[s]]) + _share(run.counts[b[s]])) / 2) for s in _slices(run, len(a))]
+    return np.asarray(torch.cat(found).numpy())
+
+
+def _slices(run: RunLike, pairs: int, draws: int = 1) -> list[slice]:
+    size = chunk_rows(draws * int(np.prod(run.counts.shape[1:])))
     return [slice(start, start + size) for start in range(0, pairs, size)]

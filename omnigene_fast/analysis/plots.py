@@ -22,11 +22,13 @@ from .plots_style import (
     LONGEST,
     MUTED,
     ROW_OF_BUTTONS,
-    above_floor,
+    SIGNIFICANT,
     axis_name,
     best_value,
+    corrected_floor,
     expert_ticks,
     faint,
+    fixed,
     grid_of,
     layer_ticks,
     layout,
@@ -34,8 +36,10 @@ from .plots_style import (
     note,
     percent,
     plain,
+    row_decimals,
     run_buttons,
     size_of,
+    told_apart,
     unique,
 )
 from .plots_tree import linkage, task_tree, tree_order
@@ -132,17 +136,17 @@ def heatmaps(table: pd.DataFrame, sizes: pd.DataFrame, top_k: int) -> go.Figure:
 
 
 def divergence_matrix(table: pd.DataFrame, order: Sequence[str]) -> go.Figure:
-    """Jensen-Shannon divergence of every pair of groups; grey where it is not above its noise floor.
+    """Jensen-Shannon divergence of every pair of groups; grey where q says that the two cannot be told apart.
 
     Args:
-        table: `divergence_summary` of one or more runs.
+        table: `divergence_summary` of one or more runs; q_value NaN: not tested, never grey.
         order: of the groups, from `tree_order`.
     """
     runs = unique(table["run"])
     unit = str(table["unit"].iloc[0])
     place = {group: number for number, group in enumerate(order)}
     names = [plain(group, LONGEST) for group in order]
-    table = table.assign(value=best_value(table), above=above_floor(table))
+    table = table.assign(value=best_value(table), apart=told_apart(table))
     highest = max(float(table["value"].max()), 1e-6)
     top = 58 + 34 * (len(runs) > 1)
     bottom = 24 + round(5.2 * min(LONGEST, max(len(str(group)) for group in order)))
@@ -151,22 +155,17 @@ def divergence_matrix(table: pd.DataFrame, order: Sequence[str]) -> go.Figure:
     for run in runs:
         of_run = table[table["run"] == run]
         grids = np.full((2, len(order), len(order)), np.nan)
-        words = np.full((len(order), len(order)), "", object)
-        for row in of_run.itertuples():
-            sentence = f"{plain(row.a)} and {plain(row.b)}<br>{row.value:.3f} {unit}"
-            if row.low == row.low:
-                sentence += f" [{row.low:.3f}, {row.high:.3f}]"
-            if row.floor_95 == row.floor_95:
-                sentence += f"<br>uncorrected {row.js:.3f}, {'above' if row.above else 'NOT above'} the noise floor"
-                sentence += f" {row.floor_95:.3f}"
-            for i, j in ((place[row.a], place[row.b]), (place[row.b], place[row.a])):
-                grids[0 if row.above else 1, i, j] = row.value
-                words[i, j] = sentence
-        digits = 2 if len(order) <= 16 else 1
+        words, written = (np.full((len(order), len(order)), "", object) for _ in range(2))
+        for _, row in of_run.iterrows():
+            for i, j in ((place[row["a"]], place[row["b"]]), (place[row["b"]], place[row["a"]])):
+                grids[0 if row["apart"] else 1, i, j] = row["value"]
+                words[i, j] = _pair(row)
+                written[i, j] = fixed(row["value"], 2 if len(order) <= 16 else 1)
         shared = {
-            "text": words,
-            "hovertemplate": "%{text}<extra></extra>",
-            "texttemplate": f"%{{z:.{digits}f}}" if len(order) <= 24 else None,
+            "text": written,
+            "customdata": words,
+            "hovertemplate": "%{customdata}<extra></extra>",
+            "texttemplate": "%{text}" if len(order) <= 24 else None,
             "textfont": {"size": 11},
             "xgap": 1,
             "ygap": 1,
@@ -193,7 +192,7 @@ def divergence_matrix(table: pd.DataFrame, order: Sequence[str]) -> go.Figure:
                     z=grids[1],
                     colorscale=[[0, EMPTY], [1, EMPTY]],
                     showscale=False,
-                    name=plain(run) + ", not above the floor",
+                    name=plain(run) + ", not told apart",
                     **shared,
                 )
             )
@@ -203,14 +202,37 @@ def divergence_matrix(table: pd.DataFrame, order: Sequence[str]) -> go.Figure:
     figure.update_yaxes(
         tickvals=[*range(len(order))], ticktext=names, autorange="reversed", showgrid=False, zeroline=False
     )
-    key = f"<span style='color:{EMPTY}'>■</span> not above the noise floor"
-    note(figure, key, x=0, y=1, xref="paper", yref="paper", yshift=6, size=12)
+    if table["q_value"].notna().any():
+        key = f"<span style='color:{EMPTY}'>■</span> not told apart (q ≥ {SIGNIFICANT})"
+        note(figure, key, x=0, y=1, xref="paper", yref="paper", yshift=6, size=12)
     run_buttons(figure, runs, owner, y=1 + (top - 4) / inner)
     return figure
 
 
+def _pair(row: pd.Series) -> str:
+    """What the hover of a pair says."""
+    digits = row_decimals(row)
+    text = f"{plain(row['a'])} and {plain(row['b'])}<br>{fixed(row['value'], digits)} {row['unit']}{_ends(row, digits)}"
+    text += _shuffled(row, digits)
+    if row["q_value"] == row["q_value"]:
+        text += f"<br>{'told apart' if row['apart'] else 'NOT told apart'}, q = {row['q_value']:.2g}"
+    return text
+
+
+def _ends(row: pd.Series, digits: int) -> str:
+    return "" if row["low"] != row["low"] else f" [{fixed(row['low'], digits)}, {fixed(row['high'], digits)}]"
+
+
+def _shuffled(row: pd.Series, digits: int) -> str:
+    """The uncorrected value beside the floor, which is uncorrected too."""
+    if row["floor_95"] != row["floor_95"]:
+        return ""
+    js, floor = fixed(row["js"], digits), fixed(row["floor_95"], digits)
+    return f"<br>uncorrected {js}, noise floor {floor}, p = {row['p_value']:.2g}"
+
+
 def differentiation_curves(table: pd.DataFrame) -> go.Figure:
-    """Expert differentiation per layer, a line and a band per run, dashed the noise floor.
+    """Expert differentiation per layer, a line and a band per run, dashed the noise floor of corrected values.
 
     Args:
         table: `differentiation` of one or more runs; its rows "mean" are left out.
@@ -240,24 +262,25 @@ def differentiation_curves(table: pd.DataFrame) -> go.Figure:
             go.Scatter(
                 x=layers,
                 y=best_value(rows),
-                customdata=rows[["low", "high", "floor_95"]].to_numpy(float),
+                text=[_layer(row) for _, row in rows.assign(value=best_value(rows)).iterrows()],
                 mode="lines+markers",
                 line={"color": color, "width": 2.5},
                 marker={"size": 6, "symbol": number},
                 legendgroup=str(number),
                 name=name,
-                hovertemplate="layer %{x}: %{y:.3f} " + unit + " [%{customdata[0]:.3f}, %{customdata[1]:.3f}], floor"
-                " %{customdata[2]:.3f}",
+                hovertemplate="%{text}",
             )
         )
+        if rows["floor_95"].isna().all():
+            continue
         figure.add_trace(
             go.Scatter(
                 x=layers,
-                y=rows["floor_95"],
+                y=corrected_floor(rows),
                 mode="lines",
                 line={"color": color, "width": 1.5, "dash": "dash"},
                 legendgroup=str(number),
-                name=name + ", noise floor",
+                name=name + ", corrected noise floor",
                 hoverinfo="skip",
             )
         )
@@ -265,6 +288,13 @@ def differentiation_curves(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title="layer", zeroline=False, tickvals=layer_ticks(sorted(table["layer"].unique()), 10))
     figure.update_yaxes(title=f"expert differentiation, {unit}", rangemode="tozero")
     return figure
+
+
+def _layer(row: pd.Series) -> str:
+    """What the hover of a layer says."""
+    digits = row_decimals(row)
+    value = f"{fixed(row['value'], digits)} {row['unit']}{_ends(row, digits)}"
+    return f"layer {row['layer']}: {value}{_shuffled(row, digits)}"
 
 
 def decomposition_bars(table: pd.DataFrame, names: Sequence[str]) -> go.Figure:
@@ -298,8 +328,11 @@ def decomposition_bars(table: pd.DataFrame, names: Sequence[str]) -> go.Figure:
                 },
                 name=plain(convention),
                 showlegend=False,
-                customdata=rows[["low", "high"]].to_numpy(float),
-                hovertemplate="%{y:.4f} [%{customdata[0]:.4f}, %{customdata[1]:.4f}]<extra></extra>",
+                hovertext=[
+                    f"{fixed(row['value'], row_decimals(row), '+')}{_ends(row, row_decimals(row))}"
+                    for _, row in rows.assign(value=value).iterrows()
+                ],
+                hovertemplate="%{hovertext}<extra></extra>",
             ),
             row=1,
             col=number + 1,
@@ -307,7 +340,9 @@ def decomposition_bars(table: pd.DataFrame, names: Sequence[str]) -> go.Figure:
         text = f"<b>{plain(titles.get(convention, convention))}</b>"
         note(figure, text, x=0, y=1, xref=f"{axis_name('x', number)} domain", yref="paper", yshift=8, size=13)
         figure.update_yaxes(title=plain(rows["unit"].iloc[0]), row=1, col=number + 1)
-        ticks = [f"{plain(name, 2 * LONGEST)}<br><b>{one:+.3f}</b>" for name, one in zip(names, value, strict=True)]
+        ticks = [
+            f"{plain(name, 2 * LONGEST)}<br><b>{fixed(one, 3, '+')}</b>" for name, one in zip(names, value, strict=True)
+        ]
         figure.update_xaxes(tickvals=places, ticktext=ticks, row=1, col=number + 1)
     figure.update_layout(**layout(350, top=44, bottom=54, left=72, right=16))
     figure.update_xaxes(showgrid=False, range=[-0.6, len(places) - 0.4])

@@ -17,14 +17,22 @@ LONGEST = 24  # characters of a name on an axis; the hover shows it whole
 ROW_OF_BUTTONS = 60  # characters of names that fit beside each other at the narrowest width
 LEAST_LIFT = 1 / 8  # rarer than this is shown as this
 CELL = 34  # pixels a row of a labelled matrix is high
+SIGNIFICANT = 0.05  # q-value below which the report speaks of a difference or a preference
+# Characters that turn the text after them around, beyond the name they stand in: shown as their number.
+TURNING = {number: f"\\u{number:04x}" for number in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def plain(text: object, longest: int | None = None) -> str:
     """`text` as plotly shows it verbatim: escaped, and of more than `longest` characters without its middle."""
-    shown = str(text)
+    shown = straight(text)
     if longest is not None and len(shown) > longest:
         shown = shown[: (longest - 1) // 2] + "…" + shown[len(shown) - longest // 2 :]
     return html.escape(shown, quote=False).replace("$", "&#36;")  # between two of which plotly expects TeX
+
+
+def straight(text: object) -> str:
+    """`text` with the characters that reverse a line written out."""
+    return str(text).translate(TURNING)
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -37,9 +45,32 @@ def best_value(table: pd.DataFrame) -> pd.Series:
     return table["corrected"].fillna(table["js" if "js" in table else "delta"])
 
 
-def above_floor(table: pd.DataFrame) -> pd.Series:
-    """Whether a divergence exceeds 95 % of those under shuffled labels; True where labels were not shuffled."""
-    return ~(table["js"] <= table["floor_95"])
+def fixed(value: float, digits: int, sign: str = "") -> str:
+    """A number with `digits` decimals; what rounds to 0 has no sign. `sign`: "+" for one before positive numbers."""
+    text = f"{value:{sign}.{digits}f}"
+    return text if any(digit in text for digit in "123456789n") else text.lstrip("+-")
+
+
+def decimals(width: float) -> int:
+    """As many decimals as a number has that is known to `width`, from 3 to 5."""
+    return min(5, max(3, -math.floor(math.log10(width)))) if 0 < width < math.inf else 3
+
+
+def row_decimals(row: pd.Series) -> int:
+    """Decimals of a divergence, its interval and floor: what half the interval, or the spread of shuffles, resolves."""
+    half = (row["high"] - row["low"]) / 2
+    return decimals(half if half == half else row.get("floor_95", math.nan) - row.get("floor", math.nan))
+
+
+def told_apart(table: pd.DataFrame) -> pd.Series:
+    """Whether the difference of two groups is significant among all pairs; True where it was not tested."""
+    return ~(table["q_value"] >= SIGNIFICANT)
+
+
+def corrected_floor(table: pd.DataFrame) -> pd.Series:
+    """What a corrected value stays below in 95 % of the cases if labels mean nothing; the correction takes off the mean
+    of the shuffled values, which the shuffled values themselves still have."""
+    return table["floor_95"] - table["floor"]
 
 
 def axis_name(letter: str, number: int) -> str:

@@ -39,7 +39,7 @@ def task_tree(table: pd.DataFrame) -> go.Figure:
                 line={"color": color, "width": 2},
                 name=plain(run),
                 showlegend=False,
-                hovertemplate="joined at %{x:.3f}<extra></extra>",
+                hovertemplate="joined at %{x:.3g}<extra></extra>",
             ),
             row=number + 1,
             col=1,

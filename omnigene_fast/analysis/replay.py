@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..tracing.counting import count_picks
+from ..tracing.records import id_dtype
 from .groups import RunLike
 from .resampling import ratio
-from .tokens import chosen_layers, gathered, id_bytes, layer_groups, no_tokens
+from .tokens import BATCH, chosen_layers, layer_groups, no_tokens, shared
 
 if TYPE_CHECKING:
     import pandas
@@ -32,14 +34,8 @@ def replay_distance(run_a: RunLike, run_b: RunLike, *, layers: Sequence[int] | N
     import pandas as pd
 
     frames = []
-    for layer, a, b, doc, D in _matched(run_a, run_b, layers):
-        common = (a[:, :, None] == b[:, None, :]).sum((1, 2))
-        K = a.shape[1]
-        differs, moved = common < K, (common == K) & (a != b).any(1)
-        sums = np.stack([_by_document(doc, values, D) for values in (differs, moved, common / (2 * K - common))], 1)
-        tokens = np.bincount(doc, minlength=D)
-        some = tokens > 0
-        estimate = ratio(sums[some], tokens[some])
+    for layer, sums, _, tokens in _compared(run_a, run_b, layers):
+        estimate = ratio(sums, tokens)
         frames.append(
             pd.DataFrame(
                 {
@@ -51,8 +47,8 @@ def replay_distance(run_a: RunLike, run_b: RunLike, *, layers: Sequence[int] | N
                     "jaccard": estimate.value[2],
                     "jaccard_low": estimate.low[2],
                     "jaccard_high": estimate.high[2],
-                    "tokens": len(doc),
-                    "docs": int(some.sum()),
+                    "tokens": int(tokens.sum()),
+                    "docs": len(tokens),
                     "unit": "share of tokens",
                 }
             )
@@ -80,30 +76,24 @@ def saturation(run: RunLike, final: RunLike, *, layers: Sequence[int] | None = N
     import pandas as pd
 
     frames = []
-    for layer, a, b, doc, D in _matched(run, final, layers):
-        K, E, n = a.shape[1], run.num_experts, len(doc)
-        common = (a[:, :, None] == b[:, None, :]).sum((1, 2)) / K
-        sums = np.stack([_by_document(doc, values, D) for values in (common, a[:, 0] == b[:, 0])], 1)
-        tokens = np.bincount(doc, minlength=D)
-        some = tokens > 0
-        estimate = ratio(sums[some], tokens[some])
-        loads = [np.bincount(ids.ravel(), minlength=E) / n for ids in (a, b)]
-        tops = [np.bincount(ids[:, 0], minlength=E) / n for ids in (a, b)]
+    for layer, sums, picks, tokens in _compared(run, final, layers):
+        estimate, n, K = ratio(sums, tokens), tokens.sum(), run.top_k
+        loads, tops = picks[0] / n, picks[1] / n
         frames.append(
             pd.DataFrame(
                 {
                     "layer": [layer],
-                    "saturation": estimate.value[0],
-                    "low": estimate.low[0],
-                    "high": estimate.high[0],
+                    "saturation": estimate.value[3],
+                    "low": estimate.low[3],
+                    "high": estimate.high[3],
                     "expected": float(loads[0] @ loads[1]) / K,
-                    "uniform": K / E,
-                    "top1": estimate.value[1],
-                    "top1_low": estimate.low[1],
-                    "top1_high": estimate.high[1],
+                    "uniform": K / run.num_experts,
+                    "top1": estimate.value[4],
+                    "top1_low": estimate.low[4],
+                    "top1_high": estimate.high[4],
                     "top1_expected": float(tops[0] @ tops[1]),
-                    "tokens": n,
-                    "docs": int(some.sum()),
+                    "tokens": int(n),
+                    "docs": len(tokens),
                     "unit": "share of experts",
                 }
             )
@@ -111,10 +101,11 @@ def saturation(run: RunLike, final: RunLike, *, layers: Sequence[int] | None = N
     return pd.concat(frames, ignore_index=True)
 
 
-def _matched(
+def _compared(
     run_a: RunLike, run_b: RunLike, layers: Sequence[int] | None
-) -> Iterator[tuple[int, NDArray[Any], NDArray[Any], NDArray[np.int64], int]]:
-    """Per layer: ids [n, K] of both, [n] row of the document in `run_a`, and the number of documents."""
+) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]]:
+    """Per layer: sums over the tokens of each document [D, 5]; picks [2, 2, E] of all experts and of first ones, by
+    both runs; tokens [D]. The sums are those of `_measured`; documents without tokens are left out."""
     kept = chosen_layers(run_a, layers)
     chosen_layers(run_b, kept)
     if (run_a.num_experts, run_a.top_k) != (run_b.num_experts, run_b.top_k):
@@ -122,23 +113,67 @@ def _matched(
             f"run_b: expected the {run_a.num_experts} experts and top-{run_a.top_k} of {run_a.name!r}, got"
             f" {run_b.num_experts} and top-{run_b.top_k}."
         )
-    names = [np.asarray(run.documents["doc_id"], np.int64) for run in (run_a, run_b)]
-    for some in layer_groups(kept, id_bytes(run_a) + id_bytes(run_b)):
-        a, b = gathered(run_a, some), gathered(run_b, some)
-        if not len(a):
-            raise no_tokens(run_a)
-        same = len(a) == len(b) and np.array_equal(names[0][a.doc], names[1][b.doc]) and np.array_equal(a.pos, b.pos)
-        if not same:
-            raise ValueError(
-                f"run_b: expected the tokens of {run_a.name!r} (by doc_id and position), got others in {run_b.name!r};"
-                " trace the same documents with the same doc_ids."
-            )
-        known = (a.token >= 0) & (b.token >= 0)
-        if (a.token != b.token)[known].any():
-            raise ValueError(f"run_b: expected the token ids of {run_a.name!r} at each position, got others.")
+    doc, places = _matched(run_a, run_b)
+    tokens = np.bincount(doc)
+    held = doc.nbytes + sum(place.nbytes for place in places)
+    K, E, n = run_a.top_k, run_a.num_experts, len(doc)
+    for some in layer_groups(kept, 2 * n * K * np.dtype(id_dtype(E)).itemsize, held):
+        ids = [_in_order(run, some, place) for run, place in zip((run_a, run_b), places, strict=True)]
         for at, layer in enumerate(some):
-            yield layer, a.ids[at], b.ids[at], a.doc, len(names[0])
+            sums, picks = np.zeros((len(tokens), 5)), np.zeros((2, 2, E), np.int64)
+            for start in range(0, n, BATCH):
+                here = doc[start : start + BATCH]
+                a, b = (one[at, start : start + BATCH] for one in ids)
+                values, zero = _measured(a, b), np.zeros(len(here), np.int64)
+                for column, one in enumerate(values):
+                    sums[here[0] : here[-1] + 1, column] += np.bincount(here - here[0], weights=one)
+                for run, one in enumerate((a, b)):
+                    picks[0, run] += count_picks(one[None], zero, 1, E)[0, 0]
+                    picks[1, run] += count_picks(one[None, :, :1], zero, 1, E)[0, 0]
+            yield layer, sums, picks, tokens
 
 
-def _by_document(doc: NDArray[np.int64], values: NDArray[Any], documents: int) -> NDArray[np.float64]:
-    return np.bincount(doc, weights=values, minlength=documents).astype(np.float64)
+def _measured(a: NDArray[Any], b: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    """Per token [n], ids [n, K]: other experts, the same in another order, Jaccard, shared / K, the same first one."""
+    K, common = a.shape[1], shared(a, b)
+    moved = (common == K) & (a != b).any(1)
+    return common < K, moved, common / (2 * K - common), common / K, a[:, 0] == b[:, 0]
+
+
+def _matched(run_a: RunLike, run_b: RunLike) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+    """[n] document of each token in order of document and position, counted from 0; the place there of each token as
+    both runs store them."""
+    found, places = [], []
+    for run in (run_a, run_b):
+        columns: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        for part in run.batches(layers=[], kinds=()):
+            for column, values in zip(columns, (part.doc, part.pos, part.token), strict=True):
+                column.append(values)
+        if not columns[0]:
+            raise no_tokens(run)
+        doc, pos, token = (np.concatenate(column) for column in columns)
+        del columns
+        order = np.lexsort((pos, doc))
+        place = np.empty(len(order), np.int32 if len(order) < 1 << 31 else np.int64)
+        place[order] = np.arange(len(order), dtype=place.dtype)
+        found.append((doc[order], pos[order], token[order]))
+        places.append(place)
+    (doc, pos, token), other = found
+    if not (np.array_equal(doc, other[0]) and np.array_equal(pos, other[1])):
+        raise ValueError(
+            f"run_b: expected the tokens of {run_a.name!r} (by doc_id and position), got others in {run_b.name!r};"
+            " trace the same documents with the same doc_ids."
+        )
+    if ((token != other[2]) & (token >= 0) & (other[2] >= 0)).any():
+        raise ValueError(f"run_b: expected the token ids of {run_a.name!r} at each position, got others.")
+    return np.cumsum(np.diff(doc, prepend=doc[0]) > 0, dtype=place.dtype), places
+
+
+def _in_order(run: RunLike, layers: Sequence[int], place: NDArray[Any]) -> NDArray[Any]:
+    """Ids [L, n, K], each token at its place."""
+    out = np.empty((len(layers), len(place), run.top_k), id_dtype(run.num_experts))
+    start = 0
+    for part in run.batches(layers=list(layers), kinds=("ids",)):
+        out[:, place[start : start + len(part)]] = part.ids
+        start += len(part)
+    return out

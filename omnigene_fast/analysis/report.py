@@ -71,16 +71,19 @@ def report(
             parts.method(tables, permutations, seed),
         ]
         folder = path.with_name(f"{path.stem}_data")
-        for name, table in _files(tables, shown).items():
-            _write(folder / name, table.to_csv(index=False))
         title = f"Router report: {', '.join(tables.names)}"
-        _write(path, page(title, header(tables, findings(tables)), sections, folder.name, painted=painted))
+        text = page(title, header(tables, findings(tables)), sections, folder.name, painted=painted)
+        files = {
+            folder / name: None if table is None else table.to_csv(index=False)
+            for name, table in _files(tables, shown).items()
+        }
+        _write({**files, path: text})
     return path
 
 
-def _files(tables: "Tables", shown: "pandas.DataFrame") -> "dict[str, pandas.DataFrame]":
-    """The CSV files; their names are fixed and never come from data."""
-    every = {
+def _files(tables: "Tables", shown: "pandas.DataFrame") -> "dict[str, pandas.DataFrame | None]":
+    """The CSV files, None for those of what could not be measured; their names are fixed and never come from data."""
+    return {
         "load.csv": tables.load,
         "sizes.csv": tables.sizes,
         "specialty.csv": tables.specialty,
@@ -91,7 +94,6 @@ def _files(tables: "Tables", shown: "pandas.DataFrame") -> "dict[str, pandas.Dat
         "flow.csv": tables.flow,
         "tokens.csv": shown if len(shown) else None,
     }
-    return {name: table for name, table in every.items() if table is not None}
 
 
 def _busiest_layer(tables: "Tables") -> int:
@@ -112,12 +114,25 @@ def _checked(out: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _write(path: Path, text: str) -> None:
-    """Write beside, make durable, rename: a reader sees the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+def _write(files: dict[Path, str | None]) -> None:
+    """Write all beside, make durable, then rename one by one in this order; what is None and there from before goes.
+
+    A reader sees the old file or the new one, whole; if one cannot be written, nothing changes.
+    """
+    beside = {path: path.with_name(path.name + ".new") for path, text in files.items() if text is not None}
+    try:
+        for path, new in beside.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(new, "w", encoding="utf-8", newline="") as file:
+                file.write(files[path] or "")
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:
+        for new in beside.values():
+            new.unlink(missing_ok=True)
+        raise
+    for path in files:
+        if path in beside:
+            beside[path].replace(path)
+        else:
+            path.unlink(missing_ok=True)

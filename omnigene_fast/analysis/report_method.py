@@ -14,16 +14,22 @@ METHOD = [
     " differ among themselves. The numbers are corrected by the jackknife: each document is left out in turn, and"
     " the change is extrapolated. A corrected value can be slightly below 0, which says no more than 0.",
     "<b>Interval.</b> 95 %, centred on the corrected value, from the jackknife's variance and Student's t. It says how"
-    " the number would vary with other documents of the same kind; it says nothing about other models or other kinds.",
-    "<b>Noise floor.</b> The labels of the documents are shuffled and the uncorrected divergence is computed again; the"
-    " floor is the value that 95 % of the shuffles stay below. A difference counts as seen if its uncorrected value is"
-    " above it. SHUFFLES",
-    "<b>Many comparisons.</b> q-values are those of Benjamini and Hochberg: of the cells with q &lt; 0.05, about 5"
-    " % are expected to be false.",
+    " the number would vary with other documents of the same kind; it says nothing about other models or other kinds."
+    " It can include 0 beside a small p: the shuffles test whether labels matter at all, and estimate no spread.",
+    "<b>Noise floor and p-value.</b> The labels of the documents are shuffled and the uncorrected divergence is"
+    " computed again. The floor is the value that 95 % of the shuffles stay below; p is the share of shuffles at least"
+    " as large as what was measured, which counts as one of them. Both speak of uncorrected values. A corrected value"
+    " lacks the mean of the shuffles, so that a figure of corrected values shows the floor less that mean. SHUFFLES",
+    "<b>Many comparisons.</b> q-values are those of Benjamini and Hochberg, over all pairs of groups of a run, or over"
+    " all layers and experts of a group: of those of a group with q &lt; 0.05, at most 5 % are expected to be false."
+    " Two groups are called told apart, and an expert preferred, where q &lt; 0.05.",
     "<b>Specialty.</b> ln of the share of an expert in the picks of one group over its mean share over groups,"
-    " with half a pick added to every count. It cannot exceed the logarithm of the number of groups.",
+    " with half a pick added to every count. It cannot exceed the logarithm of the number of groups; a corrected value"
+    " or an end of its interval that does is shown as that.",
     "<b>Shares of two stages.</b> The change in each stage over the sum of both; the interval is Fieller's, which is"
     " unbounded where the sum cannot be told from 0.",
+    "<b>Data files.</b> The CSV files hold labels as they are. A label that begins with =, +, - or @"
+    " is a formula to a spreadsheet: import such columns as text.",
     "<b>What is counted.</b> Tokens that the attention mask hides are not; neither is the second forward of gradient"
     " checkpointing.",
 ]

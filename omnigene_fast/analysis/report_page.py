@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from .plots_style import straight
 from .report_scripts import DRAW, PAINT, STYLE
 
 SHOWN_ROWS = 400  # of a table on the page; its CSV has all
@@ -34,7 +36,7 @@ class Section:
 
 def safe(text: object) -> str:
     """`text` for HTML, inside an element or a quoted attribute."""
-    return html.escape(str(text), quote=True)
+    return html.escape(straight(text), quote=True)
 
 
 def in_script(value: Any) -> str:
@@ -46,15 +48,18 @@ def in_script(value: Any) -> str:
 
 
 def number(value: object) -> str:
-    """A cell of a table: integers whole, others to four significant digits, nothing for a missing value."""
+    """A cell of a table: integers whole, others to four significant digits, nothing for a missing value, a dash for an
+    end of an interval that is not bounded."""
     if value is None or (isinstance(value, float) and value != value):
         return ""
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         return str(value)
     as_float = float(value)
+    if math.isinf(as_float):
+        return "–"
     if as_float == int(as_float) and abs(as_float) < 1e15 and not isinstance(value, float):
         return f"{int(as_float):,}"
-    return f"{as_float:.4g}"
+    return f"{as_float or 0.0:.4g}"
 
 
 def rows_of(table: pd.DataFrame, wrap: bool = False) -> str:
@@ -137,6 +142,6 @@ def _section(part: Section, place: int, folder: str) -> str:
     return "\n".join([*out, "</section>"])
 
 
-def items(lines: Iterable[str], tag: str = "ul") -> str:
+def items(lines: Iterable[str]) -> str:
     """A list of HTML lines."""
-    return f"<{tag}>{''.join(f'<li>{line}</li>' for line in lines)}</{tag}>"
+    return f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>"

@@ -14,6 +14,7 @@ h3 { font-size: 15px; margin: 18px 0 4px; overflow-wrap: anywhere; }
 h3 .small { font-weight: 400; margin-left: 6px; }
 p { margin: 0 0 12px; max-width: 88ch; overflow-wrap: anywhere; }
 a { color: #00559b; }
+b, i, bdi, h3, td, th, option, summary { unicode-bidi: isolate; }
 code { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 section, nav, .card { background: #fff; border: 1px solid #e4e8ec; border-radius: 8px; padding: 22px 24px;
   margin: 18px 0; }

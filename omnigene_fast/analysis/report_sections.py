@@ -6,26 +6,27 @@ from collections.abc import Iterator
 import pandas as pd
 
 from . import plots
-from .plots_style import above_floor, best_value, percent
+from .plots_style import SIGNIFICANT, best_value, percent, told_apart
 from .report_method import METHOD, REFERENCES
 from .report_page import Section, items, safe
 from .report_tables import Tables, strongest
 from .report_words import (
-    SIGNIFICANT,
     between,
     bold,
+    broad,
     counted,
-    effective,
     extremes,
     floors,
     growth,
     how_many,
+    listed,
     measured,
     p_value,
     preferences,
     ranked,
     spread,
     strongest_preference,
+    tested,
     without_tokens,
 )
 
@@ -70,9 +71,9 @@ def heatmaps(t: Tables) -> Section:
     best = preferences(t).head(200) if len(t.groups) > 1 else pd.DataFrame()
     tables = []
     if len(best):
-        columns = ["group", "layer", "expert", "share", "mean_share", "specialty", "low", "high", "q_value", "docs"]
+        columns = ["group", "layer", "expert", "share", "mean_share", "corrected", "low", "high", "q_value", "docs"]
         title = f"Table: the {len(best)} strongest preferences in {t.last} (q < {SIGNIFICANT})"
-        tables.append((title, best[columns].reset_index(drop=True)))
+        tables.append((title, best[columns].rename(columns={"corrected": "specialty"}).reset_index(drop=True)))
     return Section(
         "experts",
         f"Which experts each {t.noun} uses",
@@ -91,29 +92,30 @@ def heatmaps(t: Tables) -> Section:
 
 def matrix(t: Tables) -> Section:
     assert t.pairs is not None
-    pairs = ranked(t.of(t.pairs))
+    shown = pd.concat([tested(t, name) for name in t.names], ignore_index=True)
+    pairs = ranked(t.of(shown))
     unit = pairs["unit"].iloc[0]
     words = [
         f"Each cell compares two {t.noun}s: 0 means that their tokens go to the same experts equally often, ln 2 ="
         " 0.693 nats that they share no expert. The number is the mean over the layers of the Jensen-Shannon"
         f" divergence, corrected for the finite number of documents. {t.noun.capitalize()}s with similar routing"
-        " stand side by side. A grey cell could be noise: shuffling the documents between the two gives as large a"
-        " value in 5 % of the cases or more.",
+        f" stand side by side. A grey cell could be noise: shuffling the labels of the documents does not tell the two"
+        f" apart (q ≥ {SIGNIFICANT}, corrected for the number of pairs).",
         f"In {bold(t.last)}, {extremes(pairs)} {counted(t, pairs)}",
     ]
     order = plots.tree_order(t.of(t.pairs))
-    table = t.pairs.assign(above_floor=above_floor(t.pairs))
+    table = shown.assign(told_apart=told_apart(shown).astype(object).where(shown["q_value"].notna()))
     return Section(
         "divergence",
         f"How different the {t.noun}s are",
         words,
-        plots.divergence_matrix(t.pairs, order),
+        plots.divergence_matrix(shown, order),
         f"Matrix of the divergence of every two {t.noun}s",
         {
             "Unit": f"{unit}, mean over {len(t.runs[0].layers)} layers",
             "n": how_many(t),
             "Interval": RESAMPLED,
-            "Noise floor": floors(pairs),
+            "Noise floor": floors(pairs, corrected=False),
         },
         ("divergence.csv", "divergence_by_layer.csv"),
         [(f"Table: {len(table)} pairs with interval and noise floor", table)],
@@ -129,9 +131,15 @@ def curves(t: Tables) -> Section:
     words = [
         "Expert differentiation of a layer is the mean divergence over all"
         f" {len(t.groups) * (len(t.groups) - 1) // 2} pairs of {t.noun}s: the higher, the more the layer sends"
-        f" different {t.noun}s to different experts. The band is the 95 % interval; the dashed line is the noise"
-        f" floor, which a layer that does not tell the {t.noun}s apart stays below in 95 % of the cases.",
+        f" different {t.noun}s to different experts. The line is corrected for the finite number of documents; the"
+        " band is its 95 % interval.",
     ]
+    if t.permutations:
+        words[0] += (
+            f" The dashed line is the noise floor for corrected values: a layer that does not tell the {t.noun}s apart"
+            " stays below it in 95 % of the cases. The hover has the uncorrected value and its floor, which are both"
+            " higher."
+        )
     if len(per_layer) > 1:
         words.append(
             f"In {bold(t.last)}, layer {most['layer']} separates the {t.noun}s most ({measured(most)}), layer"
@@ -150,7 +158,7 @@ def curves(t: Tables) -> Section:
             "Unit": f"{most['unit']}, mean over pairs",
             "n": f"{docs:,} documents, {tokens:,} tokens in {t.last}",
             "Interval": RESAMPLED,
-            "Noise floor": floors(per_layer),
+            "Noise floor": floors(per_layer, corrected=True),
         },
         ("differentiation.csv",),
         [("Table: differentiation by layer", table)],
@@ -229,18 +237,24 @@ def paths(t: Tables) -> Section:
     if t.flow is None:
         return Section("paths", title, [without_tokens(t)])
     drawn = pd.concat([strongest(t.of(t.flow, name)) for name in t.names], ignore_index=True)
-    mine = t.of(drawn)
+    last = drawn["run"].iloc[-1]
+    mine, run = t.of(drawn, last), t.runs[t.names.index(last)]
     first = mine.iloc[0]
     words = [
         "A token visits experts in every layer. A line is a step from an expert of one layer to an expert of the"
         " next that is taken much more often than if the two layers chose independently: the darker, the stronger"
         " the link (lift); the thicker, the more tokens take it. Chains of lines are paths that many tokens share."
-        f" Only the {len(mine)} steps of the largest lift among those that enough tokens take are drawn.",
-        f"In {bold(t.last)}, the strongest leads from expert {first['expert']} of layer {first['layer']} to expert"
+        f" Only the {len(mine)} steps of the largest lift among those that enough tokens take are drawn. Lift is over"
+        f" all documents pooled: {t.noun}s that use different experts make lift by being mixed, even where the tokens"
+        " of each choose independently.",
+        f"In {bold(last)}, the strongest leads from expert {first['expert']} of layer {first['layer']} to expert"
         f" {first['next_expert']} of layer {first['next_layer']}: {percent(first['share'])} of the tokens take it,"
         f" {first['lift']:.1f} x{between(first['lift_low'], first['lift_high'], 1)} as many as independent choices"
         " would give.",
     ]
+    counts_only = [bold(name) for name in t.names if name not in set(drawn["run"])]
+    if counts_only:
+        words.append(f"Not shown, for want of records of tokens: {listed(counts_only)}.")
     columns = [
         "run",
         "layer",
@@ -261,7 +275,7 @@ def paths(t: Tables) -> Section:
         "Strongest steps from an expert of one layer to one of the next",
         {
             "Unit": "lift: observed over expected frequency, 1 = independent; share of the tokens",
-            "n": f"{int(t.sizes[t.sizes['run'] == t.last]['tokens'].sum()):,} tokens in {t.last}",
+            "n": f"{int(run.documents['n_tokens'].sum()):,} tokens, those of all documents, in {last}",
             "Interval": "95 % of the lift, jackknife over blocks of documents, in the table",
         },
         ("flow.csv",),
@@ -299,7 +313,14 @@ def tokens(t: Tables, examples: pd.DataFrame, html: str) -> Section:
 
 
 def balance(t: Tables) -> Section:
-    layers = len(t.runs[0].layers)
+    layers, experts, top_k = len(t.runs[0].layers), t.runs[0].num_experts, t.runs[0].top_k
+    table, bare = _corrected(t.load)
+    measures = ["cv", "max_vio", "gini", "dead_fraction", "entropy"]
+    means = table.groupby(["run", "group"], sort=False)[measures].mean().reset_index()
+    sizes = broad(t.sizes)
+    sizes["effective_experts"] = sizes["corrected"].fillna(sizes["effective_experts"])
+    every = sizes[["run", "group", "docs", "tokens"]].merge(means, on=["run", "group"])
+    every = every.merge(sizes[["run", "group", "effective_experts", "low", "high"]], on=["run", "group"])
     names = {
         "docs": "documents",
         "cv": "CV",
@@ -309,36 +330,58 @@ def balance(t: Tables) -> Section:
         "entropy": "entropy, nats",
         "effective_experts": "effective experts",
     }
-    table = t.load.assign(effective_experts=effective(t.load))
-    means = table.groupby(["run", "group"], sort=False)[[*names][1:]].mean().reset_index()
-    every = t.sizes.merge(means, on=["run", "group"]).rename(columns=names)
     words = [
         "Effective experts is the number of equally used experts that would give the same entropy:"
-        f" {t.runs[0].num_experts} if a {t.noun} uses all alike, at least {t.runs[0].top_k}, since a token always"
-        f" picks {t.runs[0].top_k} different ones. Dark: few experts do all the work.",
+        f" {experts} if a {t.noun} uses all alike, at least {top_k}, since a token always picks {top_k} different"
+        " ones. Dark: few experts do all the work.",
         spread(t),
         "The table has the mean over layers of the other usual measures. <b>CV</b>: standard deviation of the load"
         " over its mean. <b>MaxVio</b>: how much busier than the mean the busiest expert is (1 = twice the mean)."
         " <b>Gini</b>: 0 if all experts are used alike, towards 1 if one does everything. <b>Dead fraction</b>:"
         " experts never picked (the CSV has what chance alone would leave unpicked in a sample of this size)."
-        f" <b>Entropy</b>: in nats, at least ln {t.runs[0].top_k} = {math.log(t.runs[0].top_k):.2f}, at most ln"
-        f" {t.runs[0].num_experts} = {math.log(t.runs[0].num_experts):.2f}.",
+        f" <b>Entropy</b>: in nats, at least ln {top_k} = {math.log(top_k):.2f}, at most ln {experts} ="
+        f" {math.log(experts):.2f}. The interval is that of the effective experts.",
+        "CV, Gini, entropy and effective experts are corrected for the finite number of documents, and clipped where"
+        f" that exceeds what is possible ({experts} effective experts, the entropy ln {experts}, a CV or Gini of 0)."
+        " MaxVio and the dead fraction are shown as measured: the correction, a jackknife, does not hold for a"
+        " maximum or a count of zeros, and with few documents they are too large.",
     ]
+    if bare:
+        words.append(f"Too few documents to correct by, so shown as measured: {listed(bare)}.")
     return Section(
         "load",
         "How evenly the experts are used",
         words,
-        plots.effective_experts(table, t.runs[0].num_experts),
+        plots.effective_experts(table, experts),
         f"Effective experts by layer and {t.noun}",
         {
             "Unit": "experts; entropy in nats",
             "n": how_many(t),
-            "Interval": f"{RESAMPLED}: per layer, in the CSV",
+            "Interval": f"{RESAMPLED}: of the mean over layers in the table, per layer in the CSV",
         },
-        ("load.csv",),
-        [(f"Table: load by {t.noun}, mean over {layers} layers", every)],
+        ("load.csv", "sizes.csv"),
+        [(f"Table: load by {t.noun}, mean over {layers} layers", every.rename(columns=names))],
         open_tables=True,
     )
+
+
+def _corrected(load: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The load with its measures corrected, within what they can be; the groups that stay as measured, in bold.
+
+    A group with nothing to correct by in some layer stays as measured in all: no mean over layers mixes the two.
+    """
+    least_most = {
+        "cv": (0.0, math.inf),
+        "gini": (0.0, 1.0),
+        "entropy": (0.0, load["entropy_max"]),
+        "effective_experts": (0.0, load["experts"]),
+    }
+    unknown = load["entropy_corrected"].isna().groupby([load["run"], load["group"]]).transform("any")
+    columns = {
+        name: load[name].where(unknown, load[f"{name}_corrected"].clip(*ends)) for name, ends in least_most.items()
+    }
+    bare = load.loc[unknown, ["run", "group"]].drop_duplicates()
+    return load.assign(**columns), [f"{bold(row['group'])} of {bold(row['run'])}" for _, row in bare.iterrows()]
 
 
 def method(t: Tables, permutations: int, seed: int) -> Section:

@@ -4,16 +4,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from .coactivation import flow
 from .decomposition import decompose
-from .divergence import differentiation, divergence, divergence_summary
+from .divergence import differentiation, divergence_tables
+from .entropy import shannon
 from .groups import group, label_column
 from .load import load
+from .resampling import Jackknife
 from .specialty import specialty
 
-STEPS = 6  # that `collect` reports per run, and one more for all
+STEPS = 5  # that `collect` reports per run, and one more for all
 EDGES = 40  # strongest steps between layers that are drawn, per run
 SMALLEST_PATH = 0.01  # share of the tokens that a drawn step must carry: a lift of rare steps is noise
 
@@ -26,7 +30,7 @@ class Tables:
     runs: list[Any]
     by: str
     groups: list[str]
-    sizes: pd.DataFrame  # run, group, docs, tokens
+    sizes: pd.DataFrame  # run, group, docs, tokens, effective experts (mean over layers), experts
     load: pd.DataFrame
     specialty: pd.DataFrame | None = None
     pairs: pd.DataFrame | None = None  # mean over layers
@@ -34,6 +38,7 @@ class Tables:
     differentiation: pd.DataFrame | None = None  # layer: index or "mean"
     decomposition: pd.DataFrame | None = None
     flow: pd.DataFrame | None = None
+    permutations: int = 0
     notes: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -105,12 +110,9 @@ def collect(
         add("specialty", name, specialty(run, by) if several else _shares(run, by))
         step(f"{name}: divergence")
         if several:
-            add("pairs", name, divergence_summary(run, by, permutations=permutations, seed=seed))
-        step(f"{name}: divergence by layer")
-        if several:
-            # Without permutations, which would take as long again; the mean over layers above has them.
-            by_layer = divergence(run, by, permutations=0)
-            add("pairs_by_layer", name, by_layer.dropna(axis=1, how="all"))
+            by_layer, summary = divergence_tables(run, by, permutations=permutations, seed=seed)
+            add("pairs_by_layer", name, by_layer)
+            add("pairs", name, summary)
         step(f"{name}: differentiation")
         if several:
             add("differentiation", name, differentiation(run, by, permutations=permutations, seed=seed))
@@ -119,6 +121,7 @@ def collect(
             add("flow", name, _with_share(flow(run), run))
     tables = {kind: pd.concat(frames, ignore_index=True) for kind, frames in parts.items()}
     out = Tables(names, list(runs), by, groups, **{str(kind): table for kind, table in tables.items()})
+    out.permutations = permutations
     step("decomposition")
     if several:
         _decompose(out, permutations, seed)
@@ -145,8 +148,30 @@ def _with_share(edges: pd.DataFrame, run: Any) -> pd.DataFrame:
 
 
 def _sizes(run: Any, by: str) -> pd.DataFrame:
+    """What the groups hold, and their effective experts averaged over layers: a document is left out of all at once."""
     groups = group(run, by)
-    return pd.DataFrame({"group": groups.names, "docs": groups.docs, "tokens": groups.tokens})
+
+    def effective(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        with np.errstate(invalid="ignore"):
+            share = counts / counts.sum(-1, keepdims=True)
+        return np.asarray(np.exp(shannon(share)).mean(-1))
+
+    estimates = [
+        Jackknife(effective(sums)).stratum(effective(left) for left in groups.without_one(g))
+        for g, sums in enumerate(groups.sums)
+    ]
+    return pd.DataFrame(
+        {
+            "group": groups.names,
+            "docs": groups.docs,
+            "tokens": groups.tokens,
+            "effective_experts": [float(one.value) for one in estimates],
+            "effective_experts_corrected": [float(one.corrected) for one in estimates],
+            "effective_experts_low": [float(one.low) for one in estimates],
+            "effective_experts_high": [float(one.high) for one in estimates],
+            "experts": groups.sums.shape[-1],
+        }
+    )
 
 
 def _shares(run: Any, by: str) -> pd.DataFrame:

@@ -2,13 +2,13 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 
-from .plots_style import above_floor, best_value, percent
+from .plots_style import SIGNIFICANT, best_value, corrected_floor, decimals, fixed, percent, row_decimals, told_apart
 from .report_page import safe
 from .report_tables import Tables
-
-SIGNIFICANT = 0.05  # q-value of a specialty that the words call a preference
+from .resampling import benjamini_hochberg
 
 
 def findings(t: Tables) -> list[str]:
@@ -24,9 +24,8 @@ def findings(t: Tables) -> list[str]:
     if t.decomposition is not None:
         out.append(growth(t))
     if t.pairs is not None:
-        pairs = ranked(t.of(t.pairs))
-        out.append(f"In {bold(t.last)}, {extremes(pairs)}")
-        out.append(counted(t, pairs))
+        pairs = ranked(tested(t, t.last))
+        out.append(f"In {bold(t.last)}, {extremes(pairs)} {counted(t, pairs)}")
     out.append(spread(t))
     if t.specialty is not None and len(t.groups) > 1:
         found = strongest_preference(t)
@@ -45,17 +44,16 @@ def listed(parts: list[str]) -> str:
 
 def measured(row: pd.Series) -> str:
     """Value, unit and interval, with as many decimals as the interval resolves."""
-    plug_in = row["js"] if "js" in row else row["delta"]
+    digits = row_decimals(row)
     if row["corrected"] != row["corrected"]:
-        return f"{plug_in:.3f} {row['unit']} (one document in a group: no interval)"
-    half = (row["high"] - row["low"]) / 2
-    digits = min(5, max(3, -math.floor(math.log10(half)))) if half > 0 else 3
-    return f"{row['corrected']:.{digits}f} {row['unit']}{between(row['low'], row['high'], digits)}"
+        plug_in = row["js"] if "js" in row else row["delta"]
+        return f"{fixed(plug_in, digits)} {row['unit']}, uncorrected: too few documents for an interval"
+    return f"{fixed(row['corrected'], digits)} {row['unit']}{between(row['low'], row['high'], digits)}"
 
 
 def between(low: float, high: float, digits: int) -> str:
     """An interval, or nothing where there is none."""
-    return f" [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(low) and math.isfinite(high) else ""
+    return f" [{fixed(low, digits)}, {fixed(high, digits)}]" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def p_value(p: float) -> str:
@@ -67,12 +65,32 @@ def ranked(pairs: pd.DataFrame) -> pd.DataFrame:
     return pairs.iloc[(-best_value(pairs)).argsort(kind="stable")]
 
 
+def tested(t: Tables, run: str) -> pd.DataFrame:
+    """Pairs of one run; without q-values where no data could have given one below the level."""
+    assert t.pairs is not None
+    pairs = t.of(t.pairs, run)
+    if t.permutations and (benjamini_hochberg(smallest_p(pairs, t.permutations)) < SIGNIFICANT).any():
+        return pairs
+    return pairs.assign(q_value=math.nan)
+
+
+def smallest_p(pairs: pd.DataFrame, permutations: int) -> list[float]:
+    """The least p-value of each pair: one of the shuffles made, and one of those that exist, two in equal groups."""
+    out = []
+    for a, b in zip(pairs["docs_a"].astype(int), pairs["docs_b"].astype(int), strict=True):
+        existing = math.lgamma(a + b + 1) - math.lgamma(a + 1) - math.lgamma(b + 1)  # its logarithm
+        out.append(max(1 / (1 + permutations), min(1.0, (1 + (a == b)) * math.exp(-existing))))
+    return out
+
+
 def extremes(pairs: pd.DataFrame) -> str:
     far, near = pairs.iloc[0], pairs.iloc[-1]
 
     def told(row: pd.Series) -> str:
-        floor = "" if row["floor_95"] != row["floor_95"] else f", noise floor {row['floor_95']:.3f}"
-        return f"{bold(row['a'])} and {bold(row['b'])}, {measured(row)}{floor}"
+        letter = "q" if row["q_value"] == row["q_value"] else "p"
+        value = row[f"{letter}_value"]
+        chance = f", {letter} = {value:.2g}" if value == value else ""
+        return f"{bold(row['a'])} and {bold(row['b'])}, {measured(row)}{chance}"
 
     if len(pairs) == 1:
         return f"the two differ as follows: {told(far)}."
@@ -80,20 +98,33 @@ def extremes(pairs: pd.DataFrame) -> str:
 
 
 def counted(t: Tables, pairs: pd.DataFrame) -> str:
-    if pairs["floor_95"].isna().all():
-        return "No noise floor was computed (permutations=0)."
-    count = int(above_floor(pairs).sum())
+    if not t.permutations:
+        return "No noise floor was computed (permutations=0), so that no difference was tested."
+    if pairs["q_value"].isna().all():
+        few = f"{t.permutations:,} permutations are" if _few(t, pairs) else "The documents are"
+        return f"{few} too few to tell any pair of {t.noun}s apart (no q could be below {SIGNIFICANT})."
+    count = int(told_apart(pairs).sum())
     if len(pairs) == 1:
-        return "The difference is above the noise floor." if count else "The difference is not above the noise floor."
+        return f"The two are {'' if count else 'not '}told apart (q {'&lt;' if count else '≥'} {SIGNIFICANT})."
     which = "All" if count == len(pairs) else "None" if not count else f"{count}"
-    return f"{which} of the {len(pairs)} pairs of {t.noun}s are above their noise floor."
+    return f"{which} of the {len(pairs)} pairs of {t.noun}s are told apart (q &lt; {SIGNIFICANT} among all pairs)."
 
 
-def floors(table: pd.DataFrame) -> str:
-    floors = table["floor_95"].dropna()
-    if not len(floors):
+def _few(t: Tables, pairs: pd.DataFrame) -> bool:
+    """Whether more permutations could help."""
+    return bool((benjamini_hochberg(smallest_p(pairs, 10**9)) < SIGNIFICANT).any())
+
+
+def floors(table: pd.DataFrame, corrected: bool) -> str:
+    """The range of the noise floors, of corrected or of uncorrected values."""
+    spread = corrected_floor(table)
+    values = (spread if corrected else table["floor_95"]).dropna()
+    if not len(values):
         return "not computed (permutations=0)"
-    return f"{floors.min():.3f} to {floors.max():.3f}: exceeded by 5 % of shuffled labels"
+    digits = decimals(spread.min())
+    ends = f"{fixed(values.min(), digits)} to {fixed(values.max(), digits)}"
+    what = "corrected values" if corrected else "uncorrected values (column js)"
+    return f"{ends} for {what}: exceeded by 5 % of the shuffles of the labels"
 
 
 def how_many(t: Tables) -> str:
@@ -105,24 +136,43 @@ def how_many(t: Tables) -> str:
     return f"{each} documents per {t.noun}, {tokens.min():,} to {tokens.max():,} tokens each ({t.last})"
 
 
-def effective(load: pd.DataFrame) -> pd.Series:
-    return load["effective_experts_corrected"].fillna(load["effective_experts"])
-
-
 def spread(t: Tables) -> str:
-    mine = t.of(t.load)
-    means = effective(mine).groupby(mine["group"]).mean()
-    all_experts = t.runs[0].num_experts
-    few, many = means.idxmin(), means.idxmax()
-    if len(means) == 1:
+    """How many experts the groups of the last run use; an order only where their intervals allow one."""
+    all_experts = f"effective experts of {t.runs[0].num_experts}, mean over layers"
+    mine = broad(t.of(t.sizes))
+    sure = mine[mine["low"].notna()]
+    if not len(sure):
+        least, most = mine["effective_experts"].min(), mine["effective_experts"].max()
+        ends = f"{least:.1f}" if len(mine) == 1 else f"{least:.1f} to {most:.1f}"
+        bare = "uncorrected: too few documents for an interval"
+        return f"In {bold(t.last)}, the {t.noun}s use {ends} {all_experts} ({bare})."
+    few, many = sure.loc[sure["corrected"].idxmin()], sure.loc[sure["corrected"].idxmax()]
+    left_out = len(mine) - len(sure)
+    rest = f" {left_out} with too few documents for an interval are left out." if left_out else ""
+
+    def told(row: pd.Series) -> str:
+        return f"{row['corrected']:.1f}{between(row['low'], row['high'], 1)}"
+
+    if len(sure) == 1:
+        return f"In {bold(t.last)}, {bold(few['group'])} uses {told(few)} {all_experts}.{rest}"
+    if few["high"] < many["low"]:
         return (
-            f"In {bold(t.last)}, {bold(few)} spreads over {means[few]:.1f} effective experts of {all_experts} (mean"
-            " over layers)."
+            f"In {bold(t.last)}, {bold(few['group'])} is routed most narrowly, over {told(few)} {all_experts},"
+            f" {bold(many['group'])} most widely, over {told(many)}.{rest}"
         )
+    ends = f"{sure['low'].min():.1f} and {sure['high'].max():.1f}"
     return (
-        f"In {bold(t.last)}, {bold(few)} is routed most narrowly, over {means[few]:.1f} effective experts of"
-        f" {all_experts} (mean over layers), {bold(many)} most widely, over {means[many]:.1f}."
+        f"In {bold(t.last)}, all {t.noun}s use between {ends} {all_experts}:"
+        f" the ends of their intervals, which overlap too much to say which is routed most narrowly.{rest}"
     )
+
+
+def broad(sizes: pd.DataFrame) -> pd.DataFrame:
+    """Effective experts of each group as corrected, low and high, clipped at the number of experts."""
+    ends = {
+        name: np.minimum(sizes[f"effective_experts_{name}"], sizes["experts"]) for name in ("corrected", "low", "high")
+    }
+    return sizes.assign(**ends)
 
 
 def preferences(t: Tables) -> pd.DataFrame:
@@ -130,21 +180,24 @@ def preferences(t: Tables) -> pd.DataFrame:
     assert t.specialty is not None
     mine = t.of(t.specialty)
     sure = mine[(mine["q_value"] < SIGNIFICANT) & (mine["low"] > 0)]
-    return sure.sort_values("low", ascending=False, kind="stable")
+    sure = sure.sort_values("low", ascending=False, kind="stable")
+    # The correction extrapolates and may step over what the score cannot exceed.
+    return sure.assign(**{name: np.minimum(sure[name], sure["ceiling"]) for name in ("corrected", "low", "high")})
 
 
 def strongest_preference(t: Tables) -> str:
     best = preferences(t)
     if not len(best):
         return (
-            f"No expert of {bold(t.last)} is preferred by a {t.noun} beyond what chance explains (q < {SIGNIFICANT})."
+            f"No expert of {bold(t.last)} is preferred by a {t.noun} beyond what chance explains (q &lt;"
+            f" {SIGNIFICANT})."
         )
     row = best.iloc[0]
     return (
         f"In {bold(t.last)}, {len(best):,} of the {len(t.of(t.specialty)):,} cells are preferences beyond chance (q"
-        f" < {SIGNIFICANT}); the clearest: expert {row['expert']} of layer {row['layer']} gets"
+        f" &lt; {SIGNIFICANT}); the clearest: expert {row['expert']} of layer {row['layer']} gets"
         f" {percent(row['share'])} of the picks of {bold(row['group'])} and {percent(row['mean_share'])} on average"
-        f" over {t.noun}s (specialty {row['specialty']:.2f} nats [{row['low']:.2f}, {row['high']:.2f}], at most ln"
+        f" over {t.noun}s (specialty {row['corrected']:.2f} nats{between(row['low'], row['high'], 2)}, at most ln"
         f" {len(t.groups)} = {row['ceiling']:.2f})."
     )
 
@@ -162,22 +215,23 @@ def growth(t: Tables) -> str:
     if len(steps) < 2:
         return text
     first, second = (f"{bold(before)} → {bold(after)}" for before, after in steps)
-    shares = [
-        f"{_share(one['share'].iloc[0])} and {_share(one['share'].iloc[1])}{_share_interval(one.iloc[1])} (mean {kind})"
-        for kind, one in means.groupby("convention", sort=False)
-    ]
-    return f"{text} Of the total, {first} and {second} make {listed(shares)}; the interval is of the second."
-
-
-def _share(share: float) -> str:
-    return "undefined" if share != share else percent(share)
-
-
-def _share_interval(row: pd.Series) -> str:
-    low, high = row["share_low"], row["share_high"]
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return " (no bounded interval)"
-    return f" [{percent(low)}, {percent(high)}]"
+    shares, unbounded = [], []
+    for kind, one in means.groupby("convention", sort=False):
+        ends = one.iloc[1][["share_low", "share_high"]].astype(float)
+        if ends.isna().any():
+            return f"{text} Documents are too few for the shares of the total."
+        if np.isinf(ends).any():
+            unbounded.append(f"mean {kind}")
+        else:
+            numbers = (*one["share_corrected"], *ends)
+            shares.append(
+                "{} % and {} % [{} %, {} %]".format(*(fixed(100 * x, 1) for x in numbers)) + f" (mean {kind})"
+            )
+    if shares:
+        text += f" Of the total, {first} and {second} make {listed(shares)}; the interval is of the second."
+    if unbounded:
+        text += f" The total change of the {listed(unbounded)} cannot be told from 0: shares of it have no bound."
+    return text
 
 
 def without_tokens(t: Tables) -> str:

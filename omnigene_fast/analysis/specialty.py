@@ -1,5 +1,6 @@
 """Which experts a group of documents prefers."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,8 @@ def specialty(run: RunLike, by: str = "task", *, pseudo_count: float = 0.5) -> "
         with a pick), share (of the group's picks), mean_share (over groups), specialty, corrected, low, high (jackknife
         over documents of all groups, 95 %; NaN if fewer than two documents of the group picked the expert), p_value
         (two-sided: the group's picks against a random choice of as many documents from all groups; its first three
-        moments are exact, its tail is Pearson's type III, Mielke and Berry 2007), q_value (Benjamini-Hochberg over the
-        layers and experts of a group), ceiling (ln groups), unit.
+        moments are exact, its tail is Pearson's type III, Mielke and Berry 2007; at least 2 / the number of such
+        choices), q_value (Benjamini-Hochberg over the layers and experts of a group), ceiling (ln groups), unit.
 
     Raises:
         ValueError: no such label, fewer than two groups, or a pseudo-count that is not above 0.
@@ -166,5 +167,8 @@ def _p_values(groups: Groups) -> NDArray[np.float64]:
         some = variance > 1e-9 * np.maximum(rate, 1e-300)
         deviation = np.sqrt(variance[some])
         z, shape = observed[some] / deviation, skew[some] / deviation**3
-        out[g][some] = np.minimum(1, 2 * np.minimum(stats.pearson3.sf(z, shape), stats.pearson3.cdf(z, shape)))
+        p = 2 * np.minimum(stats.pearson3.sf(z, shape), stats.pearson3.cdf(z, shape))
+        # the tail is continuous, but no p of so many choices of documents is smaller
+        smallest = max(2 / math.comb(N, size), np.finfo(np.float64).tiny)
+        out[g][some] = np.clip(p, min(smallest, 1), 1)
     return out

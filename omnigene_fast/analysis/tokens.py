@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tracing.records import Records, id_dtype
+from ..tracing.records import Records
+from ..tracing.whole import concatenate
 from .groups import RunLike
 
 BLOCKS = 20  # of documents; where a table has E x E cells, one block is left out at a time instead of one document
+BATCH = 1 << 14  # tokens that are compared at once
 _BYTES = 256 << 20  # what the arrays of one pass over a run may take
 
 
@@ -51,70 +53,51 @@ def chosen_layers(run: RunLike, layers: Sequence[int] | None) -> list[int]:
     return [layer for layer in recorded if layer in set(layers)]
 
 
-def layer_groups(layers: Sequence[int], bytes_each: int) -> Iterator[list[int]]:
-    """Layers in runs of as many as one pass may hold."""
-    size = max(1, _BYTES // max(1, bytes_each))
+def layer_groups(layers: Sequence[int], bytes_each: int, besides: int = 0) -> Iterator[list[int]]:
+    """Layers in runs of as many as one pass may hold, at `bytes_each` and `besides` for all of them."""
+    size = max(1, (_BYTES - besides) // max(1, bytes_each))
     for start in range(0, len(layers), size):
         yield list(layers[start : start + size])
 
 
-def gathered(run: RunLike, layers: Sequence[int]) -> Records:
-    """Every token of some layers, sorted by document and position, with `doc` as row of run.documents."""
-    rows = Rows.of(run)
-    parts = []
-    for part in run.batches(layers=list(layers), kinds=("ids",)):
-        part.doc = rows(part.doc)
-        parts.append(part)
-    if not parts:
-        empty = np.zeros(0, np.int64)
-        shape = (len(layers), 0, run.top_k)
-        return Records(
-            empty, empty.astype(np.int32), empty.astype(np.int32), empty.astype(np.uint8), np.zeros(shape, np.uint8)
-        )
-    whole = joined(parts)
-    return whole.take(np.lexsort((whole.pos, whole.doc)))
-
-
-def joined(parts: Sequence[Records]) -> Records:
-    """Records of several calls in one, without weights and statistics."""
-    return Records(
-        np.concatenate([part.doc for part in parts]),
-        np.concatenate([part.pos for part in parts]),
-        np.concatenate([part.token for part in parts]),
-        np.concatenate([part.phase for part in parts]),
-        np.concatenate([part.ids for part in parts], 1),
-    )
-
-
 def whole_documents(run: RunLike, layers: Sequence[int]) -> Iterator[Records]:
     """Batches of whole documents in order of position, `doc` as row of run.documents.
-
-    A document that lies in several shards is held back until its last token has come.
 
     Raises:
         ValueError: tokens of a document are missing or are there twice.
     """
     rows = Rows.of(run)
     lengths = np.asarray(run.documents["n_tokens"], np.int64)
-    held: dict[int, list[Records]] = {}
     seen = np.zeros(len(lengths), np.int64)
-    for part in run.batches(layers=list(layers), kinds=("ids",)):
-        part.doc = rows(part.doc)
-        here = np.bincount(part.doc, minlength=len(lengths))
-        seen += here
-        if (seen > lengths).any():
-            raise ValueError(_length(run, int(np.flatnonzero(seen > lengths)[0]), seen))
-        complete = (here == lengths)[part.doc]
-        ready = [part.take(complete)] if complete.any() else []
-        for row in np.unique(part.doc[~complete]):
-            held.setdefault(int(row), []).append(part.take(part.doc == row))
-            if seen[row] == lengths[row]:
-                ready += held.pop(int(row))
-        if ready:
-            batch = joined(ready)
-            yield batch.take(np.lexsort((batch.pos, batch.doc)))
+    held: list[Records] = []
+    tokens = 0
+    for _, part in run.iter_documents(layers=list(layers), kinds=("ids",)):
+        row = int(rows(part.doc[:1])[0])
+        part.doc = np.full(len(part), row, np.int64)
+        seen[row] += len(part)
+        held.append(part)
+        tokens += len(part)
+        if tokens >= BATCH:
+            yield concatenate(held)
+            held, tokens = [], 0
+    if held:
+        yield concatenate(held)
     if (seen != lengths).any():
-        raise ValueError(_length(run, int(np.flatnonzero(seen != lengths)[0]), seen))
+        row = int(np.flatnonzero(seen != lengths)[0])
+        raise ValueError(
+            f"run: expected {lengths[row]} tokens of document {int(run.documents['doc_id'].iloc[row])} of"
+            f" {run.name!r}, got {seen[row]}."
+        )
+
+
+def shared(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.int64]:
+    """[n] experts that both of two tokens picked, ids [n, K]."""
+    first, second = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+    found = np.zeros(len(a), np.uint16)
+    for one in first:  # K * K passes over bytes: far faster than [n, K, K] at once
+        for other in second:
+            found += one == other
+    return found.astype(np.int64)
 
 
 def one_hot(ids: NDArray[Any], experts: int) -> NDArray[np.float32]:
@@ -127,15 +110,3 @@ def one_hot(ids: NDArray[Any], experts: int) -> NDArray[np.float32]:
 def no_tokens(run: RunLike) -> ValueError:
     """The error of a measure of tokens of a run that has none."""
     return ValueError(f"run: expected tokens with expert ids in {run.name!r}, got none (record=('ids',) keeps them).")
-
-
-def id_bytes(run: RunLike) -> int:
-    """Bytes that the ids of one layer take, with what sorting them takes."""
-    tokens = int(np.asarray(run.documents["n_tokens"], np.int64).sum())
-    return 3 * tokens * run.top_k * np.dtype(id_dtype(run.num_experts)).itemsize
-
-
-def _length(run: RunLike, row: int, seen: NDArray[np.int64]) -> str:
-    documents = run.documents
-    tokens, name = int(documents["n_tokens"].iloc[row]), int(documents["doc_id"].iloc[row])
-    return f"run: expected {tokens} tokens of document {name} of {run.name!r}, got {int(seen[row])}."

@@ -70,17 +70,21 @@ def vocabulary_summary(
 ) -> "pandas.DataFrame":
     """Vocabulary specialisation of each layer.
 
-    OLMoE's mean over token ids of the largest share grows as occurrences get fewer. `agreement` does not: it is the
-    probability that two occurrences of the same token id in different documents go to the same expert, an unbiased
-    estimate (a U-statistic over documents).
+    The mean over token ids of the largest share grows as occurrences get fewer. `agreement` does not: it is the share
+    of pairs of occurrences of one token id in different documents that go to the same expert, a ratio of two sums over
+    all such pairs and so unbiased only in the limit of many documents. Pairs have equal weight, so that frequent token
+    ids dominate it.
 
     Args: as `vocabulary`.
 
     Returns:
-        a row per layer: layer, specialisation (OLMoE's mean over token ids with `min_count` occurrences), agreement,
-        low, high (jackknife over documents, 95 %), chance (the same probability for any two tokens of different
-        documents), types (token ids with `min_count` occurrences), tokens, docs, unit. With k > 1, agreement and chance
-        are those of one of the k picks, chosen at random.
+        a row per layer: layer, specialisation (mean of `vocabulary`'s over token ids with `min_count` occurrences; not
+        comparable with the number that OLMoE publishes, whose script, run_moe_analysis.py, takes it over all token ids,
+        as min_count=1 does, and needs 10 occurrences only for its lists), agreement, low, high (jackknife over
+        documents, 95 %), chance (the same share among any two tokens of different documents), types (token ids with
+        `min_count` occurrences), tokens, docs, unit. With k > 1, agreement and chance are those of one of the k picks,
+        chosen at random. NaN: agreement and its interval where no token id occurs in two documents, chance too in a run
+        of one document.
 
     Raises:
         ValueError: as `vocabulary`.
@@ -97,13 +101,12 @@ def vocabulary_summary(
         often = total >= min_count
         same = _between(cells.token * run.num_experts + cells.expert, cells.doc, cells.count, D)
         pairs = _between(cells.token, cells.doc, cells.count, D)
-        chance = (
-            _between(cells.expert, cells.doc, cells.count, D)[0]
-            / _between(cells.expert * 0, cells.doc, cells.count, D)[0]
-        )
+        alike = _between(cells.expert, cells.doc, cells.count, D)[0]
+        any_two = _between(cells.expert * 0, cells.doc, cells.count, D)[0]
         with np.errstate(invalid="ignore", divide="ignore"):
-            estimate = Jackknife(np.asarray(same[0] / pairs[0]))
+            estimate = Jackknife(same[0] / pairs[0])
             estimate.stratum(((same[0] - same[1]) / (pairs[0] - pairs[1]))[np.unique(cells.doc)])
+            chance = alike / any_two
         rows.append(
             {
                 "layer": layer,
@@ -111,7 +114,7 @@ def vocabulary_summary(
                 "agreement": float(estimate.value),
                 "low": float(estimate.low),
                 "high": float(estimate.high),
-                "chance": chance,
+                "chance": float(chance),
                 "types": int(often.sum()),
                 "tokens": n,
                 "docs": len(np.unique(cells.doc)),
@@ -162,11 +165,13 @@ def _summed(token: Any, expert: Any, count: Any) -> tuple[NDArray[np.int64], NDA
 
 def _between(
     key: NDArray[np.int64], doc: NDArray[np.int64], count: Any, documents: int
-) -> tuple[float, NDArray[np.float64]]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Ordered pairs of picks with one key in two documents: their number, and [D] those that fall away with each."""
     _, at = np.unique(key, return_inverse=True)
     cell, mine = _merged(at * documents + doc, count)
     at, doc = cell // documents, cell % documents
     total = np.bincount(at, weights=mine)[at]
     crossing = mine * (total - mine)
-    return float(crossing.sum()), np.bincount(doc, weights=2 * crossing, minlength=documents).astype(np.float64)
+    return np.asarray(crossing.sum(), np.float64), np.bincount(doc, weights=2 * crossing, minlength=documents).astype(
+        np.float64
+    )

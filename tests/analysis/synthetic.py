@@ -26,17 +26,34 @@ class Memory:
             self.layers = list(range(self.counts.shape[1]))
 
     def batches(self, layers=None, kinds=("ids",)):
-        rows = [self.layers.index(layer) for layer in (self.layers if layers is None else layers)]
+        for part in self.unsorted(layers, kinds):
+            yield part.take(np.lexsort((part.pos, part.doc)))
+
+    def unsorted(self, layers=None, kinds=("ids",)):
         for start in range(0, len(self.records), self.shard):
-            part = self.records.take(slice(start, start + self.shard))
-            part.ids = part.ids[rows]
-            order = np.lexsort((part.pos, part.doc))
-            yield part.take(order)
+            yield self.chosen(slice(start, start + self.shard), layers)
+
+    def iter_documents(self, layers=None, kinds=("ids",)):
+        for doc in dict.fromkeys(self.records.doc.tolist()):  # in the order in which the run began them
+            part = self.chosen(self.records.doc == doc, layers)
+            row = self.documents[self.documents["doc_id"] == doc].iloc[0].to_dict()
+            yield row, part.take(np.argsort(part.pos, kind="stable"))
+
+    def chosen(self, tokens, layers):
+        part = self.records.take(tokens)
+        part.ids = part.ids[[self.layers.index(layer) for layer in (self.layers if layers is None else layers)]]
+        return part
+
+
+def doc_ids(count):
+    """Ids of documents, ascending as in `Run.documents`, none of which is a row, with gaps of different sizes."""
+    rows = np.arange(count)
+    return 1000 + 7 * rows + rows % 3
 
 
 def documents(labels, tokens, **more):
     """A table of documents with one label, `task`."""
-    table = pd.DataFrame({"doc_id": np.arange(len(labels)), "n_tokens": tokens, "text_hash": None})
+    table = pd.DataFrame({"doc_id": doc_ids(len(labels)), "n_tokens": tokens, "text_hash": None})
     return table.assign(task=pd.Series(labels, dtype=object), **more)
 
 
@@ -60,11 +77,13 @@ def skewed(rng, *shape, sharpness=1.0):
 
 
 def routed(rng, docs=6, tokens=40, layers=3, experts=12, top_k=3, vocabulary=9, tasks=2, skew=1.0, **more):
-    """A run of tokens whose experts depend on the token id, on the layer and on chance."""
+    """A run of tokens whose experts depend on the token id, the layer and chance; its last document came first."""
     taste = skew * rng.standard_normal((vocabulary, layers, experts))
     sizes = rng.integers(tokens // 2, tokens * 3 // 2 + 1, docs)
     n = int(sizes.sum())
-    doc, token = np.repeat(np.arange(docs), sizes), rng.integers(0, vocabulary, n)
+    rows = np.roll(np.arange(docs), 1)
+    sizes = sizes[rows]
+    doc, token = np.repeat(doc_ids(docs)[rows], sizes), rng.integers(0, vocabulary, n)
     scores = taste[token].transpose(1, 0, 2) + rng.gumbel(size=(layers, n, experts))
     ids = np.argsort(-scores, -1)[..., :top_k].astype(id_dtype(experts))
     pos = np.concatenate([np.arange(size) for size in sizes]).astype(np.int32)
@@ -73,10 +92,12 @@ def routed(rng, docs=6, tokens=40, layers=3, experts=12, top_k=3, vocabulary=9, 
 
 
 def from_records(records, labels, experts, **more):
-    """A run of given records; document d is `labels[d]`."""
+    """A run of given records; the document in row d is `labels[d]`."""
     L, _, K = records.ids.shape
     counts = np.zeros((len(labels), L, experts), np.int32)
+    row_of = {doc: row for row, doc in enumerate(doc_ids(len(labels)).tolist())}
+    rows = np.array([row_of[doc] for doc in records.doc.tolist()])
     for layer in range(L):
-        np.add.at(counts, (records.doc[:, None], layer, records.ids[layer]), 1)
-    table = documents(labels, np.bincount(records.doc, minlength=len(labels)))
+        np.add.at(counts, (rows[:, None], layer, records.ids[layer]), 1)
+    table = documents(labels, np.bincount(rows, minlength=len(labels)))
     return Memory(counts, table, K, records, **more)

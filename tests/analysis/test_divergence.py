@@ -1,9 +1,11 @@
 """Divergences against scipy and the paper's own code, their tables, and what must not pass."""
 
+import importlib
 import math
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import false_discovery_control
@@ -144,6 +146,22 @@ def test_summary_and_differentiation_are_means_of_values(run):
         [run.counts[run.documents["task"] == name, 0].sum(0) for name in sorted(run.documents["task"].unique())]
     )
     assert whole.loc[5, "generalized_js"] == pytest.approx(analysis.generalized_js(sums))
+
+
+def test_both_tables_come_of_one_set_of_permutations(run, monkeypatch):
+    expected = [measure(run, permutations=30, seed=4) for measure in (analysis.divergence, analysis.divergence_summary)]
+    module, drawn, deleted = importlib.import_module("omnigene_fast.analysis.divergence"), [], []
+    null, left = module.null_pair, module.deleted_pairs
+    monkeypatch.setattr(
+        module, "null_pair", lambda groups, a, b, *more: drawn.append((a, b)) or null(groups, a, b, *more)
+    )
+    monkeypatch.setattr(module, "deleted_pairs", lambda groups: deleted.append(1) or left(groups))
+    for one, other in zip(expected, analysis.divergence_tables(run, permutations=30, seed=4), strict=True):
+        pd.testing.assert_frame_equal(one, other)
+    assert drawn == [(0, 1), (0, 2), (1, 2)]
+    assert len(deleted) == 1
+    analysis.decompose(run, run, run, permutations=0)
+    assert len(deleted) == 4  # once for each run, in both conventions
 
 
 def test_a_mean_of_distributions_is_another_number(run):

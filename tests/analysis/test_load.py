@@ -58,6 +58,16 @@ def test_entropy_is_corrected_upwards_and_covered():
     assert 0.91 <= np.mean(hits) <= 0.99
 
 
+def test_corrected_values_stay_in_range():
+    """Even routing and few tokens: the correction alone would give more experts than there are."""
+    rng = np.random.default_rng(7)
+    even = analysis.load(dispersed(rng, np.full((6, 4, 16), 1 / 16), docs=12, tokens=20, top_k=4, concentration=60))
+    for name in ("", "_corrected", "_low", "_high"):
+        assert (even[f"entropy{name}"] <= math.log(16)).all()
+        assert (even[f"effective_experts{name}"] <= 16).all()
+    assert (even["effective_experts_corrected"] == 16).any()
+
+
 def test_specialty_is_the_papers_score_and_saturates():
     rng = np.random.default_rng(1)
     run = dispersed(rng, skewed(rng, 4, 2, 16), docs=10, tokens=200, top_k=4, concentration=80)
@@ -80,18 +90,40 @@ def test_specialty_is_the_papers_score_and_saturates():
 
 
 def test_specialty_finds_what_was_planted_and_nothing_else():
-    rng = np.random.default_rng(2)
-    shares = np.repeat(skewed(rng, 1, 2, 32, sharpness=0.3), 3, 0)
-    null = analysis.specialty(dispersed(rng, shares, docs=20, tokens=100, top_k=4, concentration=100))
-    assert (null["q_value"] < 0.05).mean() < 0.02
-    shares[1, 0, 7] *= 3
-    shares /= shares.sum(-1, keepdims=True)
-    table = analysis.specialty(dispersed(rng, shares, docs=20, tokens=100, top_k=4, concentration=100))
-    planted = table[(table["group"] == "task01") & (table["layer"] == 0) & (table["expert"] == 7)].iloc[0]
-    truth = math.log(shares[1, 0, 7] / shares[:, 0, 7].mean())
-    assert planted["q_value"] < 1e-4
-    assert planted["low"] < truth < planted["high"]
-    assert table[(table["layer"] == 1) & (table["q_value"] < 0.05)].shape[0] <= 4
+    """Under the null at most 5 % of families may have a discovery, and of all discoveries 5 % be false."""
+    found, inside, false, q_values = 0, 0, [], []
+    for seed in range(50):
+        rng = np.random.default_rng([2, seed])
+        shares = np.repeat(skewed(rng, 1, 2, 32, sharpness=0.3), 3, 0)
+        null = analysis.specialty(dispersed(rng, shares, docs=20, tokens=100, top_k=4, concentration=100))
+        found += (null.groupby("group")["q_value"].min() < 0.05).sum()
+        shares[1, 0, 7] *= 3
+        shares /= shares.sum(-1, keepdims=True)
+        table = analysis.specialty(dispersed(rng, shares, docs=20, tokens=100, top_k=4, concentration=100))
+        mine = table[table["group"] == "task01"]
+        planted = mine[(mine["layer"] == 0) & (mine["expert"] == 7)].iloc[0]
+        truth = math.log(shares[1, 0, 7] / shares[:, 0, 7].mean())
+        q_values.append(planted["q_value"])
+        inside += planted["low"] < truth < planted["high"]
+        discoveries = mine[mine["q_value"] < 0.05]
+        false.append((discoveries["layer"] == 1).mean())
+    print(f"families with a discovery {found} of 150, planted covered {inside} of 50, false {np.mean(false):.3f}")
+    assert found <= 15  # 7.5 expected, three standard deviations
+    assert max(q_values) < 0.05
+    assert np.median(q_values) < 1e-4
+    assert inside >= 43
+    assert np.mean(false) <= 0.09
+
+
+@pytest.mark.parametrize(("docs", "smallest"), [(2, 1 / 3), (3, 1 / 10)])
+def test_specialty_claims_no_more_than_few_documents_can(docs, smallest):
+    """Of 2 and 2 documents there are 6 choices: a two-sided p below 2 / 6 does not exist, whatever the picks."""
+    rng = np.random.default_rng(5)
+    shares = skewed(rng, 2, 1, 64)
+    p = analysis.specialty(dispersed(rng, shares, docs=docs, tokens=100, top_k=4, concentration=1000))["p_value"]
+    assert p.min() == pytest.approx(smallest)
+    many = analysis.specialty(dispersed(rng, shares, docs=300, tokens=100, top_k=4, concentration=1000))["p_value"]
+    assert 0 < many.min() < 1e-50
 
 
 def test_specialty_intervals_cover():

@@ -1,5 +1,7 @@
 """Single documents, pair by pair."""
 
+import importlib
+
 import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
@@ -44,6 +46,61 @@ def test_a_pair_of_equal_routing_is_at_the_floor_and_others_are_not():
     assert pair["p_value"] < 0.02  # pairs are alike
     assert pair["js"] < 0.5 * pair["repaired"]
     assert cross["low"] > 0.05
+
+
+def permuted_tokens(rng, experts, top_k, tokens, pairs):
+    """Pairs of documents of one distribution, and their mean divergence when tokens are dealt out anew."""
+    scores = rng.standard_normal(experts) + rng.gumbel(size=(pairs, 2 * tokens, experts))
+    hot = np.zeros(scores.shape, np.int32)
+    np.put_along_axis(hot, np.argsort(-scores, -1)[..., :top_k], 1, -1)
+    dealt = []
+    for _ in range(8):
+        order = np.argsort(rng.random((pairs, 2 * tokens)), 1)
+        moved = np.take_along_axis(hot, order[..., None], 1)
+        p, q = (part.sum(1) / (top_k * tokens) for part in (moved[:, :tokens], moved[:, tokens:]))
+        dealt.append(np.mean(jensenshannon(p, q, axis=1) ** 2))
+    counts = np.stack([hot[:, :tokens].sum(1), hot[:, tokens:].sum(1)], 1).reshape(2 * pairs, 1, experts)
+    table = documents(["t"] * (2 * pairs), [tokens] * (2 * pairs))
+    pair = np.repeat([f"p{i}" for i in range(pairs)], 2)
+    return Memory(counts.astype(np.int32), table.assign(pair=pair), top_k), np.mean(dealt)
+
+
+@pytest.mark.parametrize(("experts", "top_k", "tokens"), [(4, 1, 20), (4, 2, 20), (8, 2, 20), (16, 2, 30), (64, 8, 30)])
+def test_the_floor_is_that_of_permuted_tokens(experts, top_k, tokens):
+    run, truth = permuted_tokens(np.random.default_rng(5), experts, top_k, tokens, 2000)
+    assert analysis.pairwise(run, by=None, permutations=0)["floor"][0] == pytest.approx(truth, rel=0.025)
+
+
+def test_intervals_of_nothing_hold_zero():
+    """1,000 pairs of documents of the same distribution over 6 experts: a floor too low shows up here."""
+    hits = []
+    for seed in range(40):
+        run, _ = permuted_tokens(np.random.default_rng([6, seed]), 6, 2, 20, 1000)
+        row = analysis.pairwise(run, by=None, permutations=0, seed=seed).iloc[0]
+        hits.append(row["low"] < 0 < row["high"])
+    assert np.mean(hits) >= 0.85  # of 0.95, three standard errors
+
+
+def test_more_pairs_than_permutations_are_re_paired_as_drawn(monkeypatch):
+    """The cost is that of the pairs drawn, not of all pairs of documents, and the numbers are the same."""
+    module, run = importlib.import_module("omnigene_fast.analysis.pairwise"), paired(np.random.default_rng(7), pairs=60)
+    first, second = np.arange(0, 120, 2), np.arange(1, 120, 2)
+    value, sizes, entropy = module._values(run, first, second), [], module.entropy
+    monkeypatch.setattr(module, "entropy", lambda p: sizes.append(len(p)) or entropy(p))
+    monkeypatch.setattr(module, "chunk_rows", lambda elements: 7)
+
+    def repaired(permutations):
+        sizes.clear()
+        found = module._repaired(run, first, second, value, ["all"] * 60, permutations, np.random.default_rng(0))
+        return found, sum(sizes)
+
+    (few, cost), (many, every) = repaired(5), repaired(80)
+    assert few == pytest.approx(many[:5])
+    assert (cost, every) == (6 * 60, 61 * 60)
+    assert max(sizes) == 7
+    share = run.counts[:, 0] / run.counts[:, 0].sum(-1, keepdims=True)
+    order = np.random.default_rng(0).permutation(60)
+    assert few[0, 0] == pytest.approx(np.mean(jensenshannon(share[first], share[second][order], axis=1) ** 2))
 
 
 def test_re_pairing_is_uniform_when_pairs_mean_nothing():

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from omnigene_fast.analysis import plots
-from omnigene_fast.analysis.plots_style import plain
+from omnigene_fast.analysis.plots_style import fixed, plain
 
 
 def pairs(values, run="base", floor=0.05):
@@ -14,7 +14,8 @@ def pairs(values, run="base", floor=0.05):
         {"run": run, "a": a, "b": b, "js": js, "corrected": js - 0.01, "low": js - 0.03, "high": js + 0.01}
         for (a, b), js in values.items()
     ]
-    return pd.DataFrame(rows).assign(floor=floor / 2, floor_95=floor, q_value=0.01, unit="nats")
+    table = pd.DataFrame(rows).assign(floor=floor / 2, floor_95=floor, p_value=0.01, unit="nats")
+    return table.assign(q_value=np.where(table["js"] > floor, 0.02, 0.4))
 
 
 NEAR = {("a", "b"): 0.1, ("a", "c"): 0.4, ("a", "d"): 0.41, ("b", "c"): 0.42, ("b", "d"): 0.4, ("c", "d"): 0.04}
@@ -24,7 +25,7 @@ def shown(figure):
     return [trace for trace in figure.data if trace.visible is not False]
 
 
-def test_matrix_is_symmetric_and_marks_what_is_below_the_floor():
+def test_matrix_is_symmetric_and_marks_what_is_not_told_apart():
     figure = plots.divergence_matrix(pairs(NEAR), ["a", "b", "c", "d"])
     above, below = figure.data
     first, second = (np.array(trace.z, float) for trace in (above, below))
@@ -33,10 +34,43 @@ def test_matrix_is_symmetric_and_marks_what_is_below_the_floor():
     assert second[2, 3] == second[3, 2] == pytest.approx(0.03)
     assert np.isnan(second).sum() == 14
     assert len(set(color for _, color in below.colorscale)) == 1
-    assert "NOT above the noise floor 0.050" in below.text[2][3]
-    assert "[0.070, 0.110]" in above.text[0][1]
-    # The negative control: with a lower floor nothing is marked.
-    assert len(plots.divergence_matrix(pairs(NEAR, floor=0.01), ["a", "b", "c", "d"]).data) == 1
+    assert below.text[2][3] == "0.03"
+    sentence = (
+        "c and d<br>0.030 nats [0.010, 0.050]<br>uncorrected 0.040, noise floor 0.050, p = 0.01<br>NOT told apart"
+    )
+    assert below.customdata[2][3] == sentence + ", q = 0.4"
+    assert "[0.070, 0.110]" in above.customdata[0][1]
+    # The negative controls: nothing is marked if all are told apart, or if nothing was tested.
+    for table in (pairs(NEAR, floor=0.01), pairs(NEAR).assign(q_value=np.nan)):
+        assert len(plots.divergence_matrix(table, ["a", "b", "c", "d"]).data) == 1
+    assert not plots.divergence_matrix(table, ["a", "b", "c", "d"]).layout.annotations
+
+
+def test_matrix_goes_by_the_q_value_and_not_by_the_floor():
+    """Above its floor, as one in twenty is of the pairs that do not differ: among many pairs no difference."""
+    table = pairs({("a", "b"): 0.06, ("a", "c"): 0.4, ("b", "c"): 0.4}).assign(q_value=[0.2, 0.001, 0.001])
+    _, grey = plots.divergence_matrix(table, [*"abc"]).data
+    assert grey.z[0][1] == pytest.approx(0.05)
+
+
+def test_no_negative_zero_is_written():
+    table = pairs({("a", "b"): 0.0098, ("a", "c"): 0.4, ("b", "c"): 0.4}).assign(q_value=[0.2, 0.001, 0.001])
+    _, grey = plots.divergence_matrix(table, [*"abc"]).data
+    assert grey.z[0][1] < 0
+    assert grey.text[0][1] == "0.00"
+    assert "<br>0.000 nats [-0.020, 0.020]" in grey.customdata[0][1]
+    assert [fixed(-0.0004, 3), fixed(-0.0004, 4), fixed(-0.0, 1, "+"), fixed(0.25, 1, "+")] == [
+        "0.000",
+        "-0.0004",
+        "0.0",
+        "+0.2",
+    ]
+
+
+def test_hovers_have_the_digits_that_the_interval_resolves():
+    table = pairs({("a", "b"): 0.01023}).assign(low=0.00011, high=0.00035, floor_95=0.00071)
+    (trace,) = plots.divergence_matrix(table, ["a", "b"]).data
+    assert "0.0002 nats [0.0001, 0.0003]<br>uncorrected 0.0102, noise floor 0.0007" in trace.customdata[0][1]
 
 
 def test_matrix_follows_the_order_given():
@@ -67,7 +101,7 @@ def test_tree_takes_negative_and_missing_values():
 def curve(run, values):
     rows = [{"layer": layer, "corrected": value, "js": value + 0.01} for layer, value in enumerate(values)]
     rows.append({"layer": "mean", "corrected": 99.0, "js": 99.0})
-    table = pd.DataFrame(rows).assign(run=run, unit="nats", floor_95=0.02)
+    table = pd.DataFrame(rows).assign(run=run, unit="nats", floor=0.008, floor_95=0.02, p_value=0.002)
     return table.assign(low=table["corrected"] - 0.1, high=table["corrected"] + 0.1)
 
 
@@ -78,7 +112,10 @@ def test_curves_have_a_line_a_band_and_a_floor_per_run_without_the_mean():
     assert list(line.y) == [0.3, 0.4]
     assert list(band.y) == pytest.approx([0.4, 0.5, 0.3, 0.2])
     assert list(band.x) == [0, 1, 1, 0]
-    assert list(floor.y) == [0.02, 0.02]
+    assert list(floor.y) == pytest.approx([0.012, 0.012])  # of corrected values, as the line: without the mean
+    assert "corrected noise floor" in floor.name
+    hover = "layer 0: 0.300 nats [0.200, 0.400]<br>uncorrected 0.310, noise floor 0.020, p = 0.002"
+    assert line.text[0] == hover
     assert line.line.color != figure.data[1].line.color
     assert line.marker.symbol != figure.data[1].marker.symbol
 
@@ -122,14 +159,14 @@ def test_buttons_show_one_run():
     figure = plots.divergence_matrix(table, ["a", "b", "c", "d"])
     assert [trace.name for trace in figure.data] == [
         "base",
-        "base, not above the floor",
+        "base, not told apart",
         "cpt",
-        "sft, not above the floor",
+        "sft, not told apart",
     ]
     (menu,) = figure.layout.updatemenus
     visible = [button.args[0]["visible"] for button in menu.buttons]
     assert visible == [[True, True, False, False], [False, False, True, False], [False, False, False, True]]
-    assert [trace.name for trace in shown(figure)] == ["sft, not above the floor"]
+    assert [trace.name for trace in shown(figure)] == ["sft, not told apart"]
     assert menu.active == 2
     assert menu.type == "buttons"
     long = pd.concat([pairs(NEAR, f"a rather long name of a run {number}") for number in range(4)])
@@ -185,6 +222,7 @@ def test_names_are_escaped_and_cut():
     assert plain("$x$") == "&#36;x&#36;"
     assert plain("abcdefghijklmnop", 9) == "abcd…mnop"
     assert plain("abcdefghijklmnop", 8) == "abc…mnop"
+    assert plain("a\u202eb\u2069") == "a\\u202eb\\u2069"  # what would turn the rest of the line around
     name = "<a href='javascript:1'>%{z}"
     figure = plots.divergence_matrix(pairs({(name, "b"): 0.3}, run=name), [name, "b"])
     assert "<a" not in figure.to_json().replace("\\u003c", "<").replace("<br", "")

@@ -1,13 +1,14 @@
 """The report: what it says, that a browser draws it, that data stay data."""
 
 import json
+import math
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from omnigene_fast.analysis import plots, report_sections
+from omnigene_fast.analysis import plots, report_page, report_sections, report_words
 from omnigene_fast.analysis.coactivation import flow
 from omnigene_fast.analysis.decomposition import decompose
 from omnigene_fast.analysis.divergence import differentiation, divergence, divergence_summary
@@ -104,6 +105,20 @@ def test_labels_names_and_texts_stay_text(tmp_path):
     assert set(pd.read_csv(path.parent / "hostile_data" / "load.csv")["group"]) == set(hostile)
 
 
+def test_no_name_or_token_turns_the_text_after_it_around(tmp_path):
+    turning = ["a\u202eb", "c\u2069\u202ed", "e\u2067f"]
+    run = audited("x\u202ey", groups=turning)
+    path = report(run, tmp_path / "r.html", texts=lambda token: "t\u202eu", **SETTINGS)
+    text = path.read_text()
+    assert not set(text) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+    specs = re.findall(r'class="spec">(.*?)</script>', text)
+    assert not any(re.search(r"(?<!\\)\\u20(2[a-e]|6[6-9])", spec) for spec in specs)
+    assert "<i>t\\u202eu</i>" in text
+    assert "<b>c\\u2069\\u202ed</b>" in text
+    assert re.search(r"b, i,[^{}]*\{ unicode-bidi: isolate; \}", text)  # names in a script that runs right to left
+    assert set(pd.read_csv(tmp_path / "r_data" / "load.csv")["group"]) == set(turning)
+
+
 def test_nothing_is_loaded_from_elsewhere(twelve, tmp_path):
     text = twelve.read_text()
     head = text[: text.index("<body>")]
@@ -125,7 +140,7 @@ def test_csv_files_equal_the_tables(tmp_path):
         "load": lambda run: load(run),
         "specialty": lambda run: specialty(run),
         "divergence": lambda run: divergence_summary(run, **many),
-        "divergence_by_layer": lambda run: divergence(run, permutations=0).dropna(axis=1, how="all"),
+        "divergence_by_layer": lambda run: divergence(run, **many),
         "differentiation": lambda run: differentiation(run, **many),
         "flow": lambda run: flow(run).assign(share=lambda t: t["tokens"] / run.documents["n_tokens"].sum()),
     }
@@ -138,7 +153,7 @@ def test_csv_files_equal_the_tables(tmp_path):
     table = decompose(*three, per_layer=True, **many)
     pd.testing.assert_frame_equal(found, _as_read(table), check_dtype=False, rtol=1e-14)
     links = set(re.findall(r'href="(a%20b_data/[^"]+)"', path.read_text()))
-    assert links == {f"a%20b_data/{one.name}" for one in folder.iterdir() if one.name != "sizes.csv"}
+    assert links == {f"a%20b_data/{one.name}" for one in folder.iterdir()}
 
 
 def _as_read(table):
@@ -152,12 +167,11 @@ def test_words_carry_the_numbers(twelve):
     for row in (pairs.iloc[0], pairs.iloc[-1]):
         words = (
             f"<b>{row['a']}</b> and <b>{row['b']}</b>, {row['corrected']:.3f} nats [{row['low']:.3f},"
-            f" {row['high']:.3f}], noise floor {row['floor_95']:.3f}"
+            f" {row['high']:.3f}], p = {row['p_value']:.2g}"
         )
         assert words in section(text, "divergence")
         assert words in text[: text.index("<nav")]  # the key findings
-    above = int((pairs["js"] > pairs["floor_95"]).sum())
-    assert f"{'All' if above == 66 else above} of the 66 pairs of tasks are above their noise floor" in text
+    assert "The documents are too few to tell any pair of tasks apart (no q could be below 0.05)." in text
     findings = re.search("<div class='card findings'>.*?</div>", text, re.DOTALL).group()
     assert 3 <= findings.count("<li>") <= 6
     for anchor in FIGURES:
@@ -168,15 +182,157 @@ def test_words_carry_the_numbers(twelve):
         assert "<dt>Data</dt>" in part
 
 
-def test_a_pair_below_its_floor_is_said_to_be(tmp_path):
+def spec(text, anchor):
+    return json.loads(re.search(r'class="spec">(.*?)</script>', section(text, anchor)).group(1))
+
+
+def test_a_pair_that_is_not_told_apart_is_said_to_be(tmp_path):
     """Three groups of the same counts: no pair differs, and the corrected values are below 0."""
     run = audited(groups=("a", "b", "c"), documents=8)
     run.counts = np.concatenate([run.counts[:8]] * 3)
     text = report(run, tmp_path / "same.html", permutations=199, progress=False).read_text()
-    assert "None of the 3 pairs of tasks are above their noise floor." in text
-    spec = json.loads(re.search(r'class="spec">(.*?)</script>', section(text, "divergence")).group(1))
-    assert [trace["name"] for trace in spec["data"]] == ["base, not above the floor"]
+    assert "None of the 3 pairs of tasks are told apart (q &lt; 0.05 among all pairs)." in text
+    assert [trace["name"] for trace in spec(text, "divergence")["data"]] == ["base, not told apart"]
     assert "No expert of <b>base</b> is preferred" in text
+
+
+def test_told_apart_allows_for_the_number_of_pairs(twelve, tmp_path, monkeypatch):
+    """Words and cells follow the q-value: two of three pairs, one of which is above its floor by chance."""
+    asked = report_words.tested
+
+    def chance(t, run):
+        return asked(t, run).assign(p_value=[0.04, 0.01, 0.01], q_value=[0.06, 0.015, 0.015])
+
+    monkeypatch.setattr(report_words, "tested", chance)
+    monkeypatch.setattr(report_sections, "tested", chance)
+    text = report(runs(1), tmp_path / "r.html", permutations=199, progress=False).read_text()
+    assert "2 of the 3 pairs of tasks are told apart" in text
+    assert [trace["name"] for trace in spec(text, "divergence")["data"]] == ["base", "base, not told apart"]
+    # With 19 shuffles no q can be below the level: no cell is grey, whatever its value.
+    assert [trace["name"] for trace in spec(twelve.read_text(), "divergence")["data"]] == ["base", "cpt", "sft"]
+
+
+def test_whether_a_difference_can_be_seen_at_all(tmp_path):
+    def least(docs, permutations):
+        return report_words.smallest_p(pd.DataFrame([docs], columns=["docs_a", "docs_b"]), permutations)[0]
+
+    assert least((50, 50), 999) == pytest.approx(0.001)
+    assert least((3, 3), 999) == pytest.approx(2 / math.comb(6, 3))
+    assert least((2, 5), 999) == pytest.approx(1 / math.comb(7, 2))
+    assert least((1, 1), 999) == 1
+    text = report(audited(documents=3), tmp_path / "r.html", permutations=199, progress=False).read_text()
+    assert "The documents are too few to tell any pair of tasks apart" in text
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_training_that_changed_nothing(count, tmp_path):
+    """Infinite ends of the shares' intervals are no bound, and a change of 0 has no sign."""
+    text = report([audited()] * count, tmp_path / "same.html", **SETTINGS).read_text()
+    assert not re.search(r"\b(NaN|Infinity)\b", "".join(re.findall(r'class="spec">(.*?)</script>', text)))
+    part = section(text, "stages")
+    assert "from <b>base</b> to <b>base (2)</b> by 0.000 nats [0.000, 0.000]" in part
+    no_bound = (
+        "The total change of the mean divergence and mean distance cannot be told from 0: shares of it have no bound"
+    )
+    assert (no_bound in part) == (count == 3)
+    assert "<td class=n>–</td>" in part
+    markup = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r"-0(\.0*)?(?![.\d])|\binf\b", re.sub(r"<[^>]*>", " ", markup.split("<nav")[1]))
+
+
+def test_shares_are_the_corrected_ones(tmp_path):
+    three = [audited(str(taste), strength=taste, documents=3, layers=2, experts=8) for taste in (0.5, 0.8, 1.3)]
+    part = section(report(three, tmp_path / "r.html", **SETTINGS).read_text(), "stages")
+    table = decompose(*three, permutations=0)
+    for _, both in table.groupby("convention"):
+        first, second = (100 * both["share_corrected"]).tolist()
+        assert abs(first - 100 * both["share"].iloc[0]) > 0.1  # the plug-in share reads differently
+        low, high = 100 * both[["share_low", "share_high"]].iloc[1]
+        assert f"{first:.1f} % and {second:.1f} % [{low:.1f} %, {high:.1f} %]" in part
+
+
+def test_words_of_the_strongest_preference_stay_within_the_ceiling(tmp_path):
+    run = audited(strength=4.0)
+    part = section(report(run, tmp_path / "r.html", **SETTINGS).read_text(), "experts")
+    table = specialty(run)
+    best = table[(table["q_value"] < 0.05) & (table["low"] > 0)].sort_values("low", ascending=False, kind="stable")
+    assert best["high"].max() > math.log(3)
+    row = best.iloc[0]
+    value, low, high = (min(row[name], math.log(3)) for name in ("corrected", "low", "high"))
+    assert f"(specialty {value:.2f} nats [{low:.2f}, {high:.2f}], at most ln 3 = 1.10)" in part
+    rows = re.findall(r"<tr>(.*?)</tr>", part)[1:]
+    shown = [[float(cell) for cell in re.findall("<td class=n>([^<]*)</td>", line)[4:7]] for line in rows]
+    assert max(max(one) for one in shown) <= 1.099
+
+
+def evenly(run, row, among):
+    run.counts[row] = 0
+    run.counts[row, :, :among] = 240 // among
+
+
+def test_an_order_of_the_groups_needs_intervals_that_do_not_meet(tmp_path):
+    run = audited(groups=("a", "b", "c"), documents=6)
+    documents = {group: np.flatnonzero(run.documents["task"] == group) for group in "abc"}
+    for group, few, many in (("a", 4, 5), ("b", 10, 12), ("c", 8, 12)):
+        for place, row in enumerate(documents[group]):
+            evenly(run, row, many if place % 2 else few)
+    part = section(report(run, tmp_path / "r.html", **SETTINGS).read_text(), "load")
+    value = r"\d+\.\d \[\d+\.\d, \d+\.\d\]"
+    order = rf"<b>a</b> is routed most narrowly, over {value} effective experts of 16.*most widely, over {value}\."
+    assert re.search(order, part)
+    # The same taste in all groups: no order, and the ends of the intervals.
+    for group in "abc":
+        for place, row in enumerate(documents[group]):
+            evenly(run, row, 12 if place % 2 else 6)
+    part = section(report(run, tmp_path / "r.html", **SETTINGS).read_text(), "load")
+    assert "most widely" not in part
+    assert re.search(r"all tasks use between \d+\.\d and \d+\.\d effective experts of 16", part)
+
+
+def test_a_group_of_one_document_takes_no_part_in_the_order(tmp_path):
+    """Its documents are too few to correct by, and what is uncorrected is too narrow."""
+    run = audited(groups=("a", "b", "c"), documents=6)
+    alone = np.flatnonzero(run.documents["task"] == "c")
+    run.documents.loc[alone[1:], "task"] = None
+    part = section(report(run, tmp_path / "r.html", **SETTINGS).read_text(), "load")
+    assert "1 with too few documents for an interval are left out." in part
+    assert "Too few documents to correct by, so shown as measured: <b>c</b> of <b>base</b>." in part
+    assert "<b>c</b> is routed" not in part
+
+
+def test_load_is_corrected_but_for_the_maximum_and_within_bounds(tmp_path):
+    run = audited(strength=0.0, documents=4, tokens=12)
+    report(run, tmp_path / "r.html", **SETTINGS)
+    part = section((tmp_path / "r.html").read_text(), "load")
+    table = load(run)
+    mean = table.groupby("group")[["cv_corrected", "gini_corrected", "max_vio", "max_vio_corrected"]].mean()
+    assert (mean["max_vio"] - mean["max_vio_corrected"]).abs().min() > 1e-3
+    for group, row in mean.iterrows():
+        cells = re.search(rf"<td>{group}</td>(.*?)</tr>", part).group(1)
+        numbers = [float(one) for one in re.findall("<td class=n>([^<]*)</td>", cells)]
+        assert numbers[2:5] == pytest.approx([row["cv_corrected"], row["max_vio"], row["gini_corrected"]], rel=1e-3)
+        assert max(numbers[7:]) <= 16
+    assert "MaxVio and the dead fraction are shown as measured" in part
+    sizes = pd.read_csv(tmp_path / "r_data" / "sizes.csv")
+    by_layer = table.groupby("group", sort=False)
+    assert sizes["effective_experts"].to_numpy() == pytest.approx(by_layer["effective_experts"].mean().to_numpy())
+    # A document is left out of all layers at once, so the interval of the mean is no wider than the mean of intervals.
+    width = sizes["effective_experts_high"] - sizes["effective_experts_low"]
+    widths = (by_layer["entropy_high"].mean() - by_layer["entropy_low"].mean()).to_numpy() * 16
+    assert (width > 0).all()
+    assert (width < widths).all()
+
+
+def test_paths_of_the_last_run_that_has_tokens(tmp_path):
+    first, last = audited("first"), audited("last")
+    last.record, last.iter_documents, last.batches = (), None, None
+    first.documents.loc[:5, "task"] = None  # flow counts the documents without the label too
+    last.documents.loc[:5, "task"] = None
+    part = section(report([first, last], tmp_path / "r.html", **SETTINGS).read_text(), "paths")
+    assert "In <b>first</b>, the strongest leads from expert" in part
+    assert "Not shown, for want of records of tokens: <b>last</b>." in part
+    assert f"<dd>{first.documents['n_tokens'].sum():,} tokens, those of all documents, in first</dd>" in part
+    assert "Lift is over all documents pooled" in part
 
 
 def test_two_runs_show_the_change(tmp_path):
@@ -188,6 +344,7 @@ def test_two_runs_show_the_change(tmp_path):
     assert change in part
     assert "SFT" not in part
     assert "d_sft" not in part
+    assert "19 permutations are too few to tell any pair of tasks apart" in section(text, "divergence")
 
 
 def test_runs_that_cannot_be_paired_are_shown_without_a_change(tmp_path):
@@ -214,14 +371,15 @@ def test_two_tasks_of_one_document_each(tmp_path):
     """Nothing to leave out, so no interval: said, and no NaN on the page."""
     run = audited(groups=("protein", "cell"), documents=1)
     text = report(run, tmp_path / "thin.html", **SETTINGS).read_text()
-    assert "one document in a group: no interval" in text
+    assert "too few documents for an interval" in text
     assert "a tree needs at least three" in section(text, "tree").lower()
     assert not re.search(r">[^<]*\bnan\b", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL), re.IGNORECASE)
 
 
 def test_no_permutations_no_floor(tmp_path):
     text = report(runs(1), tmp_path / "r.html", permutations=0, progress=False).read_text()
-    assert "No noise floor was computed (permutations=0)." in text
+    assert "No noise floor was computed (permutations=0), so that no difference was tested." in text
+    assert "noise floor" not in section(text, "layers").split("<dl")[0]
     assert "Here no labels were shuffled" in section(text, "method")
 
 
@@ -285,17 +443,35 @@ def test_what_is_asked_wrongly(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_report_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "r.html"
-    path.write_text("old")
-    monkeypatch.setattr(report_sections, "balance", lambda tables: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        report(runs(1), path, **SETTINGS)
-    assert path.read_text() == "old"
-    monkeypatch.undo()
+def test_a_page_that_fails_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    path, folder = tmp_path / "r.html", tmp_path / "r_data"
     report(runs(1), path, **SETTINGS)
-    assert path.read_text().startswith("<!DOCTYPE html>")
-    assert not list(tmp_path.rglob("*.new"))
+    before = {one: one.read_bytes() for one in tmp_path.rglob("*") if one.is_file()}
+    with monkeypatch.context() as broken:
+        broken.setattr(report_page, "page", lambda *arguments, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            report(runs(2), path, **SETTINGS)
+    (folder / "load.csv.new").mkdir()  # a file that cannot be written
+    with pytest.raises(OSError, match="load"):
+        report(runs(2), path, **SETTINGS)
+    (folder / "load.csv.new").rmdir()
+    assert {one: one.read_bytes() for one in tmp_path.rglob("*") if one.is_file()} == before
+
+
+def test_a_report_leaves_no_data_of_the_one_before(tmp_path):
+    folder = tmp_path / "r_data"
+    report(runs(2), tmp_path / "r.html", **SETTINGS)
+    assert {"decomposition.csv", "divergence.csv"} <= {one.name for one in folder.iterdir()}
+    (folder / "mine.csv").write_text("kept")
+    report(audited(groups=("protein",)), tmp_path / "r.html", **SETTINGS)
+    assert {one.name for one in folder.iterdir()} == {
+        "load.csv",
+        "sizes.csv",
+        "specialty.csv",
+        "flow.csv",
+        "tokens.csv",
+        "mine.csv",
+    }
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -308,6 +484,7 @@ def test_escaping():
     text = in_script({"a": "</script><!--\u2028&"})
     assert not set(text) & set("<>&\u2028")
     assert json.loads(text) == {"a": "</script><!--\u2028&"}
+    assert [number(value) for value in (math.inf, -math.inf, -0.0, np.float32(-math.inf))] == ["–", "–", "0", "–"]
     assert [number(value) for value in (np.int64(12345), 0.123456, float("nan"), None, "a", 2.0)] == [
         "12,345",
         "0.1235",

@@ -28,7 +28,8 @@ def simulated():
         groups = group(run, "task")
         left = deleted_pairs(groups)
         estimate = Jackknife(pair_values(groups.probabilities)[0, 1]).stratum(left[0][:, 1]).stratum(left[1][:, 0])
-        found.append([estimate.value, estimate.corrected, estimate.low, estimate.high, *percentiles(run, rng)])
+        boot = percentiles(run, rng) if len(found) < 100 else np.full((2, LAYERS), np.nan)
+        found.append([estimate.value, estimate.corrected, estimate.low, estimate.high, *boot])
     return truth, np.array(found).transpose(1, 0, 2)
 
 
@@ -46,7 +47,7 @@ def percentiles(run, rng, draws=60):
 def test_the_interval_covers_the_truth(simulated):
     truth, (_, _, low, high, boot_low, boot_high) = simulated
     covered = ((low <= truth) & (truth <= high)).mean()
-    naive = ((boot_low <= truth) & (truth <= boot_high)).mean()
+    naive = ((boot_low <= truth) & (truth <= boot_high))[:100].mean()
     print(f"coverage of the 95 % interval {covered:.3f}, of the percentile bootstrap {naive:.3f}")
     assert 0.93 <= covered <= 0.97
     assert naive < 0.85

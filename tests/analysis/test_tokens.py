@@ -1,5 +1,8 @@
 """Measures of tokens against brute force, on runs cut into shards at every place."""
 
+import gc
+import importlib
+import tracemalloc
 from collections import Counter
 from itertools import combinations, pairwise, permutations
 
@@ -156,7 +159,7 @@ def test_long_documents_are_sampled_closely():
     table = analysis.locality(made).set_index("measure")
     ids = made.records.ids[0]
     exact = []
-    for doc in range(2):
+    for doc in made.documents["doc_id"]:
         sets = np.zeros((int((made.records.doc == doc).sum()), made.num_experts), np.float32)
         np.put_along_axis(sets, ids[made.records.doc == doc].astype(int), 1, 1)
         n = len(sets)
@@ -188,6 +191,19 @@ def test_vocabulary_against_brute_force(run):
             agree, chance = brute_agreement(tokens_of(run, layer), k)
             assert summary.loc[layer, "agreement"] == pytest.approx(agree)
             assert summary.loc[layer, "chance"] == pytest.approx(chance)
+
+
+def test_agreement_of_nothing_is_unknown():
+    """One document, and documents without a token id in common: no pair of occurrences to compare."""
+    alone = routed(np.random.default_rng(6), docs=1, tasks=1)
+    row = analysis.vocabulary_summary(alone, min_count=1).iloc[0]
+    assert row[["agreement", "low", "high", "chance"]].astype(float).isna().all()
+    assert 0 < row["specialisation"] <= 1
+    apart = routed(np.random.default_rng(7), docs=3)
+    apart.records.token = apart.records.token + (100 * apart.records.doc).astype(np.int32)
+    row = analysis.vocabulary_summary(apart, min_count=1).iloc[0]
+    assert row[["agreement", "low", "high"]].astype(float).isna().all()
+    assert 0 < row["chance"] < 1
 
 
 def brute_agreement(tokens, k):
@@ -270,6 +286,39 @@ def test_runs_of_other_tokens_are_refused(run):
         analysis.saturation(run, Memory(run.counts, run.documents, 3, run.records, layers=[1, 2, 3]))
 
 
+def test_replay_sorts_once_and_compares_in_slices(run, monkeypatch):
+    """However many passes the layers take, documents and positions are read and sorted once for each run."""
+    module = importlib.import_module("omnigene_fast.analysis.replay")
+    other = replayed(run, lambda ids: ids.__setitem__(slice(None), np.roll(ids, 3, axis=1)))
+    expected = [measure(run, other) for measure in (analysis.replay_distance, analysis.saturation)]
+    sizes, orders, shared, lexsort = [], [], module.shared, np.lexsort
+    monkeypatch.setattr(module, "shared", lambda a, b: sizes.append(len(a)) or shared(a, b))
+    monkeypatch.setattr(module.np, "lexsort", lambda keys: orders.append(len(keys[0])) or lexsort(keys))
+    monkeypatch.setattr(module, "BATCH", 50)
+    monkeypatch.setattr("omnigene_fast.analysis.tokens._BYTES", 1)
+    monkeypatch.setattr(Memory, "batches", Memory.unsorted)
+    found = [measure(run, other) for measure in (analysis.replay_distance, analysis.saturation)]
+    for one, table in zip(expected, found, strict=True):
+        pd.testing.assert_frame_equal(one, table)
+    assert max(sizes) == 50
+    assert orders == 4 * [len(run.records)]  # two measures of two runs
+
+
+def test_replay_holds_what_its_budget_says(monkeypatch):
+    """With room for one layer, no more than its ids and a few numbers a token are held at once."""
+    made = routed(np.random.default_rng(8), docs=20, tokens=1000, layers=12, top_k=8, shard=1000)
+    n = len(made.records)
+    monkeypatch.setattr("omnigene_fast.analysis.tokens._BYTES", 1)
+    monkeypatch.setattr("omnigene_fast.analysis.replay.BATCH", 1000)
+    gc.collect()
+    tracemalloc.start()
+    analysis.replay_distance(made, made)
+    peak = tracemalloc.get_traced_memory()[1] / n
+    tracemalloc.stop()
+    print(f"peak {peak:.0f} bytes a token")
+    assert peak < 12 * 8  # what the ids of the twelve layers would take for one of the runs
+
+
 def test_documents_in_pieces_come_whole(run):
     seen = []
     for batch in whole_documents(run, run.layers):
@@ -300,5 +349,7 @@ def test_small_memory_gives_the_same_tables(run, monkeypatch):
     expected = list(tables())
     monkeypatch.setattr("omnigene_fast.analysis.tokens._BYTES", 1)
     monkeypatch.setattr("omnigene_fast.analysis.groups._CHUNK", 1)
+    for name in ("tokens", "locality", "replay"):
+        monkeypatch.setattr(importlib.import_module(f"omnigene_fast.analysis.{name}"), "BATCH", 1)
     for one, other in zip(expected, tables(), strict=True):
         pd.testing.assert_frame_equal(one, other)
