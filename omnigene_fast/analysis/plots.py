@@ -161,8 +161,9 @@ def divergence_matrix(table: pd.DataFrame, order: Sequence[str]) -> go.Figure:
                 grids[0 if row["apart"] else 1, i, j] = row["value"]
                 words[i, j] = _pair(row)
                 written[i, j] = fixed(row["value"], 2 if len(order) <= 16 else 1)
+        # Each trace writes into its own cells only: the colour of the writing is chosen for them.
+        own = [np.where(np.isnan(grid), "", written) for grid in grids]
         shared = {
-            "text": written,
             "customdata": words,
             "hovertemplate": "%{customdata}<extra></extra>",
             "texttemplate": "%{text}" if len(order) <= 24 else None,
@@ -177,6 +178,7 @@ def divergence_matrix(table: pd.DataFrame, order: Sequence[str]) -> go.Figure:
             figure.add_trace(
                 go.Heatmap(
                     z=grids[0],
+                    text=own[0],
                     colorscale="Viridis",
                     zmin=0,
                     zmax=highest,
@@ -190,6 +192,7 @@ def divergence_matrix(table: pd.DataFrame, order: Sequence[str]) -> go.Figure:
             figure.add_trace(
                 go.Heatmap(
                     z=grids[1],
+                    text=own[1],
                     colorscale=[[0, EMPTY], [1, EMPTY]],
                     showscale=False,
                     name=plain(run) + ", not told apart",

@@ -35,6 +35,9 @@ def test_matrix_is_symmetric_and_marks_what_is_not_told_apart():
     assert np.isnan(second).sum() == 14
     assert len(set(color for _, color in below.colorscale)) == 1
     assert below.text[2][3] == "0.03"
+    # A cell is written into by one trace: two writings over each other cannot be read.
+    written = np.array([[[bool(cell) for cell in row] for row in trace.text] for trace in (above, below)])
+    assert np.array_equal(written, ~np.isnan([first, second]))
     sentence = (
         "c and d<br>0.030 nats [0.010, 0.050]<br>uncorrected 0.040, noise floor 0.050, p = 0.01<br>NOT told apart"
     )
