@@ -68,8 +68,10 @@ class Watch:
             compiled = getattr(module, "_compiled_call_impl", None)
             if compiled is not None:  # module.compile()
                 self._replace(module, "_compiled_call_impl", self._watched(compiled, module, names))
-            if hasattr(module, "get_compiled_call"):  # what `generate` decodes with if the cache has a fixed size
-                self._replace(module, "get_compiled_call", self._watched_getter(module, names))
+            if hasattr(type(module), "get_compiled_call"):  # `generate` decodes with it if the cache has a fixed size
+                # A partial, so that in a copy of the model it is bound to the copy.
+                getter = functools.partial(self._get_compiled_call, module, names)
+                self._replace(module, "get_compiled_call", getter)
 
     def __deepcopy__(self, memo: Any) -> "Watch":
         return self  # the hooks of a copy of the model come here too, and are not answered
@@ -99,13 +101,8 @@ class Watch:
 
         self._undo.append(undo)
 
-    def _watched_getter(self, module: Any, names: list[str]) -> Callable[..., Any]:
-        original = module.get_compiled_call
-
-        def get_compiled_call(*args: Any, **kwargs: Any) -> Any:
-            return self._watched(original(*args, **kwargs), module, names)
-
-        return get_compiled_call
+    def _get_compiled_call(self, module: Any, names: list[str], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return self._watched(type(module).get_compiled_call(module, *args, **kwargs), module, names)
 
     def _watched(self, compiled: Callable[..., Any], module: Any, names: list[str]) -> Callable[..., Any]:
         """`compiled`, a call of `module` whose hooks are compiled away, with what the hooks would have done."""

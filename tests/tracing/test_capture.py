@@ -270,8 +270,11 @@ def test_a_copy_of_the_model_is_not_traced():
         twin(ids)
         model(ids)
         assert tr.calls == 1
-        with omnigene_fast.trace(prepared("cpu")) as other:
-            other._model(ids)
+        assert twin.get_compiled_call.args[0] is twin, "the copy would decode with the original"
+        with omnigene_fast.trace(twin) as other:
+            twin(ids)
+        assert (tr.calls, other.calls) == (1, 1)
+        assert np.array_equal(tr.counts, other.counts)
 
 
 def test_labels_are_those_of_the_call():
