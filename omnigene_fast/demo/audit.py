@@ -50,14 +50,15 @@ def print_differentiation(runs: list[Run]) -> list[float]:
     print(
         f"how differently the {first['groups']} families are routed: Jensen-Shannon divergence in nats (at most ln 2 ="
         f" 0.693),\nmean over the pairs of families, corrected for the {first['docs']} documents' noise, with its 95 %"
-        " interval; floor: what it\nwould be if the families did not differ\n"
+        " interval; floor: what\nit stays below in 95 % of the cases if the families do not differ\n"
     )
     print("  layer" + "".join(f"{run.name:>25}  {'floor':>6}" for run in runs))
     for row in range(len(tables[0])):
         line = f"  {tables[0].iloc[row]['layer']:>5}"
         for table in tables:
             each = table.iloc[row]
-            line += f"{each['corrected']:>10.3f} [{each['low']:.3f}, {each['high']:.3f}]  {each['floor']:>5.3f}"
+            floor = each["floor_95"] - each["floor"]  # that of uncorrected values, less their bias
+            line += f"{each['corrected']:>10.3f} [{each['low']:.3f}, {each['high']:.3f}]  {floor:>5.3f}"
         print(line)
     print(flush=True)
     return [float(table.iloc[-1]["corrected"]) for table in tables]
