@@ -1,6 +1,6 @@
 """`kill -9` while a run is written, at random moments and before every step that reaches the disk.
 
-A forked child writes, and tells through a pipe each call of the writer that returned; then it is killed.
+A child writes, and tells through a pipe each call of the writer that returned; then it is killed.
 """
 
 import os
@@ -15,6 +15,7 @@ from omnigene_fast.tracing.manifest import MANIFEST, data_name, read_manifest, u
 from omnigene_fast.tracing.run import Run, open_trace
 from omnigene_fast.tracing.store import Writer
 
+from . import children
 from .synthetic import assert_equal_runs, meta, records
 
 KILLS = 50
@@ -31,7 +32,6 @@ def calls():
 
 
 CALLS = list(calls())
-_tell = os.write  # not the one that `die_at` replaces
 
 
 def write(path, told=None) -> None:
@@ -43,30 +43,35 @@ def write(path, told=None) -> None:
         if len(missing):
             writer.add(missing, labels)
         if told is not None:
-            _tell(told, b"x")
+            told()
     writer.close()
 
 
-def killed(path, after) -> tuple[bool, int]:
-    """Let a child write until `after(child's pid)` or its own end; whether it ended, and how many calls returned."""
-    returned, told = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            after(None)
-            write(path, told)
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-            os._exit(1)
-        os._exit(0)
-    os.close(told)
-    after(pid)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def child(path, told, step: int | None) -> None:
+    """Write, and die at the given step if there is one."""
+    tell, number = os.write, told.fileno()  # not the `write` that `die_at` replaces
+    tell(number, b"0")
+    if step is not None:
+        die_at(step)
+    write(path, lambda: tell(number, b"x"))
+
+
+def killed(path, *, after: float | None = None, step: int | None = None) -> tuple[bool, int]:
+    """Let a child write until it is killed, `after` seconds or at a step, or done; whether it was, and the calls that
+    returned."""
+    returned, told = children.pipe()
+    writer = children.start(child, path, told, step)
+    told.close()
+    assert os.read(returned.fileno(), 1) == b"0"
+    if after is not None:
+        time.sleep(after)
+        writer.kill()
+    code = children.exit_code(writer)
     assert code in (0, -signal.SIGKILL)
     calls = 0
-    while chunk := os.read(returned, 4096):
+    while chunk := os.read(returned.fileno(), 4096):
         calls += len(chunk)
-    os.close(returned)
+    returned.close()
     return code == 0, calls
 
 
@@ -98,19 +103,14 @@ def uninterrupted(tmp_path_factory) -> Run:
 def test_fifty_kills_at_random_moments(tmp_path, uninterrupted):
     rng = np.random.default_rng(0)
     path = tmp_path / "0"
+    assert killed(tmp_path / "whole") == (True, len(CALLS))
     begin = time.perf_counter()
-    assert killed(tmp_path / "timed", lambda pid: None) == (True, len(CALLS))
+    write(tmp_path / "timed")
     duration = time.perf_counter() - begin
     kills = runs = committed = 0
     seen = set()
     while kills < KILLS:
-
-        def wait(pid):
-            if pid is not None:
-                time.sleep(rng.uniform(0, duration / 2))
-                os.kill(pid, signal.SIGKILL)
-
-        ended, returned = killed(path, wait)
+        ended, returned = killed(path, after=rng.uniform(0, duration / 2))
         kills += not ended
         tokens = assert_sound(path, returned)
         assert tokens >= committed, "what was committed before is still there"
@@ -152,7 +152,7 @@ def test_a_kill_at_every_step_of_the_first_commits(tmp_path, uninterrupted):
     while tokens < 3 * SEGMENT:
         step += 1
         path = tmp_path / str(step)
-        ended, returned = killed(path, lambda pid, step=step: die_at(step) if pid is None else None)
+        ended, returned = killed(path, step=step)
         assert not ended
         tokens = assert_sound(path, returned)
         manifest = path / MANIFEST
@@ -177,7 +177,7 @@ def test_a_kill_while_a_killed_run_is_reopened(tmp_path, uninterrupted):
         (path / "part-1-000000.parquet").write_bytes(b"of another rank")
         with open(path / MANIFEST, "a") as file:
             file.write('{"format":')
-        ended, _ = killed(path, lambda pid, step=step: die_at(step) if pid is None else None)
+        ended, _ = killed(path, step=step)
         assert ended == (step == 6)  # the directory, a cut line, three removed files
         assert (path / "part-1-000000.parquet").exists()
         (path / "part-1-000000.parquet").unlink()

@@ -13,6 +13,7 @@ from omnigene_fast.tracing import layout
 from omnigene_fast.tracing.run import open_trace
 from omnigene_fast.tracing.store import DOCS_PER_RANK, Writer
 
+from . import children
 from .synthetic import contents, documents, meta, records, same
 
 ODD = {
@@ -24,23 +25,6 @@ ODD = {
     "null": "NULL",
     "blank": "  two  blanks ",
 }
-
-
-def run_in_child(work) -> int:
-    """Process id of a forked child that does `work` and ends without cleaning up."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-            os._exit(1)
-        os._exit(0)
-    return pid
-
-
-def exit_code(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 8])
@@ -294,17 +278,18 @@ def test_meta_is_checked():
     assert not Path("never-made").exists()
 
 
+def refused(path) -> None:
+    with pytest.raises(RuntimeError, match="only writer of rank 0"):
+        Writer(path, meta())
+
+
 def test_two_writers_of_a_rank(tmp_path):
     writer = Writer(tmp_path, meta())
     with pytest.raises(RuntimeError, match="expected to be the only writer of rank 0, but another one is open"):
         Writer(tmp_path, meta())
     other = Writer(tmp_path, meta(), rank=1)
 
-    def refused():
-        with pytest.raises(RuntimeError, match="only writer of rank 0"):
-            Writer(tmp_path, meta())
-
-    assert exit_code(run_in_child(refused)) == 0
+    assert children.exit_code(children.start(refused, tmp_path)) == 0
     writer.add(documents({0: 3}))
     other.add(documents({1: 3}))
     writer.close()
@@ -315,23 +300,23 @@ def test_two_writers_of_a_rank(tmp_path):
     assert Writer(tmp_path, meta()).documents() == {0: 3, 1: 3}
 
 
+def hold(path, told) -> None:
+    writer = Writer(path, meta())
+    if os.fork() == 0:  # such as a data loader's worker
+        told.send(os.getpid())
+    signal.pause()
+    writer.close()
+
+
 def test_a_killed_writer_holds_no_lock_though_its_worker_lives_on(tmp_path):
-    ready, told = os.pipe()
-
-    def hold():
-        writer = Writer(tmp_path, meta())
-        if os.fork() == 0:  # such as a data loader's worker
-            os.write(told, str(os.getpid()).encode())
-        signal.pause()
-        writer.close()
-
-    pid = run_in_child(hold)
-    worker = int(os.read(ready, 20))
+    ready, told = children.pipe()
+    holder = children.start(hold, tmp_path, told)
+    worker = ready.recv()
     try:
         with pytest.raises(RuntimeError, match="only writer"):
             Writer(tmp_path, meta())
-        os.kill(pid, signal.SIGKILL)
-        assert exit_code(pid) == -signal.SIGKILL
+        holder.kill()
+        assert children.exit_code(holder) == -signal.SIGKILL
         Writer(tmp_path, meta()).close()
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -340,29 +325,30 @@ def test_a_killed_writer_holds_no_lock_though_its_worker_lives_on(tmp_path):
 def test_a_closed_writer_holds_no_lock_though_a_child_was_just_forked(tmp_path):
     for _ in range(5):
         writer = Writer(tmp_path, meta())
-        worker = run_in_child(signal.pause)
+        worker = os.fork()
+        if worker == 0:
+            signal.pause()
         try:
             writer.close()
             Writer(tmp_path, meta()).close()
         finally:
             os.kill(worker, signal.SIGKILL)
-            exit_code(worker)
+            os.waitpid(worker, 0)
+
+
+def write_as_rank(path, rank: int, started) -> None:
+    started.poll(None)  # returns for all of them when the other end is closed
+    with Writer(path, meta(), rank=rank, segment_tokens=8) as writer:
+        for doc in range(writer.next_doc, writer.next_doc + 6):
+            writer.add(documents({doc: 5}), labels={doc: {"rank": str(rank)}})
 
 
 def test_ranks_that_start_at_once(tmp_path):
     path = tmp_path / "deep" / "run"
-    started, go = os.pipe()
-
-    def work(rank):
-        os.close(go)
-        os.read(started, 1)  # returns for all of them when the parent closes its end
-        with Writer(path, meta(), rank=rank, segment_tokens=8) as writer:
-            for doc in range(writer.next_doc, writer.next_doc + 6):
-                writer.add(documents({doc: 5}), labels={doc: {"rank": str(rank)}})
-
-    pids = [run_in_child(lambda rank=rank: work(rank)) for rank in range(4)]
-    os.close(go)
-    assert [exit_code(pid) for pid in pids] == [0] * 4
+    started, go = children.pipe()
+    ranks = [children.start(write_as_rank, path, rank, started) for rank in range(4)]
+    go.close()
+    assert [children.exit_code(rank) for rank in ranks] == [0] * 4
     run = open_trace(path)
     assert run.verify() == []
     assert run.documents["doc_id"].tolist() == [rank * DOCS_PER_RANK + doc for rank in range(4) for doc in range(6)]
