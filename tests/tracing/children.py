@@ -10,7 +10,9 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.tracing.test_crash", "tests.tracing.test_store"])
+# The last three are what a first write imports.
+_PRELOAD = ["tests.tracing.test_crash", "tests.tracing.test_store", "pandas", "pyarrow.compute", "omnigene_fast._cpu"]
+_context.set_forkserver_preload(_PRELOAD)
 
 
 def start(work: Callable[..., None], *arguments: object) -> ForkServerProcess:

@@ -56,23 +56,25 @@ def child(path, told, step: int | None) -> None:
     write(path, lambda: tell(number, b"x"))
 
 
-def killed(path, *, after: float | None = None, step: int | None = None) -> tuple[bool, int]:
-    """Let a child write until it is killed, `after` seconds or at a step, or done; whether it was, and the calls that
-    returned."""
+def killed(path, *, after: float | None = None, step: int | None = None) -> tuple[bool, int, float]:
+    """Let a child write until it is killed, `after` seconds or at a step, or done; whether it was, the calls that
+    returned, and the seconds that it lived."""
     returned, told = children.pipe()
     writer = children.start(child, path, told, step)
     told.close()
     assert os.read(returned.fileno(), 1) == b"0"
+    begin = time.perf_counter()
     if after is not None:
         time.sleep(after)
         writer.kill()
     code = children.exit_code(writer)
+    lived = time.perf_counter() - begin
     assert code in (0, -signal.SIGKILL)
     calls = 0
     while chunk := os.read(returned.fileno(), 4096):
         calls += len(chunk)
     returned.close()
-    return code == 0, calls
+    return code == 0, calls, lived
 
 
 def assert_sound(path, returned: int) -> int:
@@ -103,14 +105,12 @@ def uninterrupted(tmp_path_factory) -> Run:
 def test_fifty_kills_at_random_moments(tmp_path, uninterrupted):
     rng = np.random.default_rng(0)
     path = tmp_path / "0"
-    assert killed(tmp_path / "whole") == (True, len(CALLS))
-    begin = time.perf_counter()
-    write(tmp_path / "timed")
-    duration = time.perf_counter() - begin
+    ended, returned, duration = killed(tmp_path / "timed")
+    assert (ended, returned) == (True, len(CALLS))
     kills = runs = committed = 0
     seen = set()
     while kills < KILLS:
-        ended, returned = killed(path, after=rng.uniform(0, duration / 2))
+        ended, returned, _ = killed(path, after=rng.uniform(0, duration / 2))
         kills += not ended
         tokens = assert_sound(path, returned)
         assert tokens >= committed, "what was committed before is still there"
@@ -152,7 +152,7 @@ def test_a_kill_at_every_step_of_the_first_commits(tmp_path, uninterrupted):
     while tokens < 3 * SEGMENT:
         step += 1
         path = tmp_path / str(step)
-        ended, returned = killed(path, step=step)
+        ended, returned, _ = killed(path, step=step)
         assert not ended
         tokens = assert_sound(path, returned)
         manifest = path / MANIFEST
@@ -177,7 +177,7 @@ def test_a_kill_while_a_killed_run_is_reopened(tmp_path, uninterrupted):
         (path / "part-1-000000.parquet").write_bytes(b"of another rank")
         with open(path / MANIFEST, "a") as file:
             file.write('{"format":')
-        ended, _ = killed(path, step=step)
+        ended, *_ = killed(path, step=step)
         assert ended == (step == 6)  # the directory, a cut line, three removed files
         assert (path / "part-1-000000.parquet").exists()
         (path / "part-1-000000.parquet").unlink()
