@@ -21,7 +21,8 @@ SHARED_LEAST = 101_376  # 86, 89, 120, 121
 @dataclass(frozen=True)
 class Tile:
     """Tile of one GEMM program: rows, columns, reduction step; warps; software-pipeline stages; whether a low-rank
-    update goes on in the GEMM's accumulator, which takes fewer registers."""
+    update goes on in the GEMM's accumulator, which takes fewer registers; whether weights come by TMA descriptors;
+    whether programs are as many as multiprocessors and take tile after tile."""
 
     block_m: int
     block_n: int
@@ -29,6 +30,8 @@ class Tile:
     warps: int
     stages: int
     chain: bool = True
+    tma: bool = False
+    persistent: bool = False
 
     def for_rank(self, rank: int) -> "Tile":
         """The same with no more columns than a multiple of 16 needs: the largest power of two that divides `rank`."""

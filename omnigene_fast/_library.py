@@ -13,13 +13,14 @@ from torch import Tensor
 
 from . import reference
 from ._validate import check_ids
-from .backends import Lora, TraceBuffers, select
+from .backends import Lora, Scales, TraceBuffers, select
 
 _LIB = torch.library.Library("omnigene_fast", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _EXPERTS = (
     "Tensor hidden, Tensor gate_up_proj, Tensor down_proj, Tensor index, Tensor weights,"
-    " Tensor? gate_up_lhs, Tensor? gate_up_rhs, Tensor? down_lhs, Tensor? down_rhs"
+    " Tensor? gate_up_lhs, Tensor? gate_up_rhs, Tensor? down_lhs, Tensor? down_rhs,"
+    " Tensor? gate_up_scale, Tensor? down_scale"
 )
 _ROUTE = (
     "Tensor hidden, Tensor proj_weight, Tensor scale, Tensor per_expert_scale, int top_k, float eps, str numerics,"
@@ -155,22 +156,41 @@ def _expert_mlp_fwd(
     gate_up_rhs: Tensor | None,
     down_lhs: Tensor | None,
     down_rhs: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
     activation: str,
     expert_parallel: bool,
     save_preactivation: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     chosen = select(backend, hidden.device, hidden.dtype)
-    lora = Lora(gate_up_lhs, gate_up_rhs, down_lhs, down_rhs)
+    lora, scales = Lora(gate_up_lhs, gate_up_rhs, down_lhs, down_rhs), Scales(gate_up_scale, down_scale)
     if chosen is not None:
         out, preactivation = chosen.expert_mlp(
-            hidden, gate_up_proj, down_proj, index, weights, lora, activation, expert_parallel, save_preactivation
+            hidden,
+            gate_up_proj,
+            down_proj,
+            index,
+            weights,
+            lora,
+            activation,
+            expert_parallel,
+            save_preactivation,
+            scales,
         )
         return out, hidden.new_empty((0, 0)) if preactivation is None else preactivation
     check_ids(index, gate_up_proj.shape[0], expert_parallel)
     with torch.autocast(hidden.device.type, enabled=False):
         out = reference.expert_mlp(
-            hidden, gate_up_proj, down_proj, index, weights, activation=activation, **_pairs(lora)
+            hidden,
+            gate_up_proj,
+            down_proj,
+            index,
+            weights,
+            activation=activation,
+            gate_up_scale=gate_up_scale,
+            down_scale=down_scale,
+            **_pairs(lora),
         )
     # The reference keeps nothing; the shape is the operator's.
     return out, hidden.new_zeros(_preactivation_shape(index, gate_up_proj, save_preactivation))
@@ -187,20 +207,33 @@ def _expert_mlp_bwd(
     gate_up_rhs: Tensor | None,
     down_lhs: Tensor | None,
     down_rhs: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
     preactivation: Tensor,
     activation: str,
     expert_parallel: bool,
     needed: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    lora = Lora(gate_up_lhs, gate_up_rhs, down_lhs, down_rhs)
+    lora, scales = Lora(gate_up_lhs, gate_up_rhs, down_lhs, down_rhs), Scales(gate_up_scale, down_scale)
     inputs = (hidden, gate_up_proj, down_proj, weights, *lora)
     needed = tuple(need and x is not None for need, x in zip(needed, inputs, strict=True))
     chosen = select(backend, hidden.device, hidden.dtype)
     if chosen is not None:
         kept = preactivation if preactivation.numel() else None
         grads = chosen.expert_mlp_bwd(
-            grad_out, hidden, gate_up_proj, down_proj, index, weights, lora, kept, activation, expert_parallel, needed
+            grad_out,
+            hidden,
+            gate_up_proj,
+            down_proj,
+            index,
+            weights,
+            lora,
+            kept,
+            activation,
+            expert_parallel,
+            needed,
+            scales,
         )
     else:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -213,6 +246,8 @@ def _expert_mlp_bwd(
                 weights,
                 activation=activation,
                 needed=needed,
+                gate_up_scale=gate_up_scale,
+                down_scale=down_scale,
                 **_pairs(lora),
             )
     return _returned(grads, inputs, needed)
@@ -303,8 +338,8 @@ def _topk_gate_bwd_fake(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("omnigene_fast::expert_mlp_fwd", lib=_LIB)
 def _expert_mlp_fwd_fake(  # type: ignore[no-untyped-def]
-    hidden, gate_up_proj, down_proj, index, weights, gate_up_lhs, gate_up_rhs, down_lhs, down_rhs, activation,
-    expert_parallel, save_preactivation, backend,
+    hidden, gate_up_proj, down_proj, index, weights, gate_up_lhs, gate_up_rhs, down_lhs, down_rhs, gate_up_scale,
+    down_scale, activation, expert_parallel, save_preactivation, backend,
 ):  # fmt: skip
     shape = _preactivation_shape(index, gate_up_proj, save_preactivation)
     return hidden.new_empty(hidden.shape), hidden.new_empty(shape)
@@ -313,7 +348,7 @@ def _expert_mlp_fwd_fake(  # type: ignore[no-untyped-def]
 @torch.library.register_fake("omnigene_fast::expert_mlp_bwd", lib=_LIB)
 def _expert_mlp_bwd_fake(  # type: ignore[no-untyped-def]
     grad_out, hidden, gate_up_proj, down_proj, index, weights, gate_up_lhs, gate_up_rhs, down_lhs, down_rhs,
-    preactivation, activation, expert_parallel, needed, backend,
+    gate_up_scale, down_scale, preactivation, activation, expert_parallel, needed, backend,
 ):  # fmt: skip
     inputs = (hidden, gate_up_proj, down_proj, weights, gate_up_lhs, gate_up_rhs, down_lhs, down_rhs)
     return _grad_fakes(inputs, needed)

@@ -9,6 +9,7 @@ from .backends import NAMES as BACKENDS
 from .backends import TraceBuffers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LOW_BIT = (torch.int8, torch.float8_e4m3fn)
 
 
 def check_ids(index: Tensor, num_experts: int, expert_parallel: bool) -> None:

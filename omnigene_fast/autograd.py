@@ -87,12 +87,15 @@ class _ExpertMlp(torch.autograd.Function):
         gate_up_rhs: Tensor | None,
         down_lhs: Tensor | None,
         down_rhs: Tensor | None,
+        gate_up_scale: Tensor | None,
+        down_scale: Tensor | None,
         activation: str,
         expert_parallel: bool,
         save_preactivation: bool,
         backend: str,
     ) -> Any:
-        inputs = (hidden, gate_up_proj, down_proj, index, weights, gate_up_lhs, gate_up_rhs, down_lhs, down_rhs)
+        factors = gate_up_lhs, gate_up_rhs, down_lhs, down_rhs
+        inputs = (hidden, gate_up_proj, down_proj, index, weights, *factors, gate_up_scale, down_scale)
         with torch._C._AutoDispatchBelowAutograd():
             out, preactivation = _OPS.expert_mlp_fwd(*inputs, activation, expert_parallel, save_preactivation, backend)
         ctx.mark_non_differentiable(preactivation)
@@ -106,12 +109,12 @@ class _ExpertMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, _: None) -> Any:
         if grad_out is None:
-            return (None,) * 13
+            return (None,) * 15
         wants = ctx.needs_input_grad
         needed = [*wants[:3], *wants[4:9]]  # all but index
         grads = _OPS.expert_mlp_bwd(grad_out, *ctx.saved_tensors, *ctx.options, needed, ctx.backend)
         kept = _none_where_not(needed, grads)
-        return *kept[:3], None, *kept[3:], None, None, None, None
+        return *kept[:3], None, *kept[3:], *(None,) * 6
 
 
 def _none_where_not(needed: list[bool], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _library, reference  # noqa: F401  (_library registers the operators)
 from ._validate import (
     DTYPES,
+    LOW_BIT,
     check_backend,
     check_ids,
     check_size,
@@ -131,6 +132,8 @@ def expert_mlp(
     activation: str,
     gate_up_lora: tuple[Tensor, Tensor] | None = None,
     down_lora: tuple[Tensor, Tensor] | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
     expert_parallel: bool = False,
     save: str = "preactivation",
     backend: str = "auto",
@@ -142,14 +145,18 @@ def expert_mlp(
 
     Args:
         hidden: [T, H] float32, bfloat16, float16 or float64.
-        gate_up_proj: [E, 2I, H], gate rows first, then up rows, dtype of `hidden`; the last dimension contiguous.
-        down_proj: [E, H, I], dtype of `hidden`; the last dimension contiguous.
+        gate_up_proj: [E, 2I, H], gate rows first, then up rows, dtype of `hidden`; the last dimension contiguous. With
+            `gate_up_scale` int8 or float8_e4m3fn.
+        down_proj: [E, H, I], dtype of `hidden`; the last dimension contiguous. With `down_scale` as `gate_up_proj`.
         index: [T, K] int64 or int32 expert ids in [0, E).
         weights: [T, K], any floating dtype; applied in float32.
         activation: "gelu_tanh" (Gemma-4), "gelu" (erf) or "silu".
         gate_up_lora: low-rank update (lhs [E, 2I, r], rhs [E, r, H]) in the dtype of `hidden`: the experts compute with
             gate_up_proj + lhs @ rhs, a sum that is never built. A scaling belongs into lhs.
         down_lora: low-rank update (lhs [E, H, r], rhs [E, r, I]) of down_proj; its r may be another.
+        gate_up_scale: [E, 2I] float32, for a frozen projection stored in 8 bits: the weight is float(stored) * scale of
+            its row. Both projections have a scale, or neither.
+        down_scale: [E, H] float32, likewise.
         expert_parallel: ids >= E are sentinels of other ranks and contribute nothing.
         save: what a backward keeps besides `hidden` and the routing: "preactivation" keeps the output of gate_up_proj,
             T * K * 2I elements; "input" nothing, and computes it again.
@@ -167,8 +174,12 @@ def expert_mlp(
     """
     check_tensor("hidden", hidden, "[T, H]", 2)
     T, H = hidden.shape
-    check_tensor("gate_up_proj", gate_up_proj, "[E, 2I, H]", 3, like=hidden)
-    check_tensor("down_proj", down_proj, "[E, H, I]", 3, like=hidden)
+    if gate_up_scale is None and down_scale is None:
+        check_tensor("gate_up_proj", gate_up_proj, "[E, 2I, H]", 3, like=hidden)
+        check_tensor("down_proj", down_proj, "[E, H, I]", 3, like=hidden)
+    else:
+        check_tensor("gate_up_proj", gate_up_proj, "[E, 2I, H]", 3, device=hidden.device, dtypes=LOW_BIT)
+        check_tensor("down_proj", down_proj, "[E, H, I]", 3, device=hidden.device, dtypes=(gate_up_proj.dtype,))
     E = gate_up_proj.shape[0]
     if E == 0 or gate_up_proj.shape[1] % 2:
         raise ValueError(
@@ -193,8 +204,10 @@ def expert_mlp(
         raise ValueError(f"index: expected [T, K] with T = {T} and K >= 1, got shape {shape_of(index)}.")
     if weights.shape != index.shape:
         raise ValueError(f"weights: expected the shape of index {shape_of(index)}, got shape {shape_of(weights)}.")
-    _check_lora("gate_up_lora", gate_up_lora, gate_up_proj)
-    _check_lora("down_lora", down_lora, down_proj)
+    _check_scale("gate_up_scale", gate_up_scale, gate_up_proj, down_scale)
+    _check_scale("down_scale", down_scale, down_proj, gate_up_scale)
+    _check_lora("gate_up_lora", gate_up_lora, gate_up_proj, hidden)
+    _check_lora("down_lora", down_lora, down_proj, hidden)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}.")
     if save not in SAVE:
@@ -211,6 +224,8 @@ def expert_mlp(
         index,
         weights,
         *factors,
+        gate_up_scale,
+        down_scale,
         activation,
         expert_parallel,
         wants_grad and save == "preactivation",
@@ -218,15 +233,28 @@ def expert_mlp(
     )[0]
 
 
-def _check_lora(name: str, lora: tuple[Tensor, Tensor] | None, weight: Tensor) -> None:
+def _check_scale(name: str, scale: Tensor | None, weight: Tensor, other: Tensor | None) -> None:
+    if scale is None and other is None:
+        return
+    if scale is None:
+        raise ValueError(f"{name}: expected a scale for each projection or for neither, got None.")
+    check_tensor(name, scale, "[E, rows]", 2, device=weight.device, dtypes=(torch.float32,))
+    if scale.shape != weight.shape[:2] or scale.requires_grad or weight.requires_grad:
+        raise ValueError(
+            f"{name}: expected shape {shape_of(weight)[:2]}, one for each row of a frozen projection, got"
+            f" {shape_of(scale)}{' that requires a gradient' if scale.shape == weight.shape[:2] else ''}."
+        )
+
+
+def _check_lora(name: str, lora: tuple[Tensor, Tensor] | None, weight: Tensor, hidden: Tensor) -> None:
     if lora is None:
         return
     if not isinstance(lora, (tuple, list)) or len(lora) != 2:
         raise TypeError(f"{name}: expected a pair of tensors (lhs, rhs) or None, got {type(lora).__name__}.")
     lhs, rhs = lora
     E, rows, columns = weight.shape
-    check_tensor(f"{name}[0]", lhs, "[E, out, r]", 3, like=weight)
-    check_tensor(f"{name}[1]", rhs, "[E, r, in]", 3, like=weight)
+    check_tensor(f"{name}[0]", lhs, "[E, out, r]", 3, like=hidden)
+    check_tensor(f"{name}[1]", rhs, "[E, r, in]", 3, like=hidden)
     rank = rhs.shape[1]
     for factor, what, expected in ((lhs, "[0]", (E, rows, rank)), (rhs, "[1]", (E, rank, columns))):
         if tuple(factor.shape) != expected or rank < 1:

@@ -221,6 +221,8 @@ def expert_mlp(
     activation: str,
     gate_up_lora: LoraFactors | None = None,
     down_lora: LoraFactors | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """Sum over a token's experts of `weight * down(act(gate(x)) * up(x))`.
 
@@ -233,6 +235,9 @@ def expert_mlp(
         activation: "gelu_tanh", "gelu" or "silu".
         gate_up_lora: low-rank update (lhs [E, 2I, r], rhs [E, r, H]) of gate_up_proj: W + lhs @ rhs.
         down_lora: low-rank update (lhs [E, H, r], rhs [E, r, I]) of down_proj.
+        gate_up_scale: [E, 2I], where gate_up_proj is stored in 8 bits: the weight is float(stored) * scale of its row,
+            rounded to the dtype of `hidden`.
+        down_scale: [E, H], likewise.
 
     Returns:
         [T, H] in `hidden.dtype`; the sum over a token's experts is taken in float32 or wider, in the order of `index`.
@@ -241,15 +246,16 @@ def expert_mlp(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     per_pick = hidden.new_zeros((*index.shape, hidden.shape[1]), dtype=wide)  # [T, K, H]
     # unbind, because the gradient of each `gate_up_proj[e]` would be a tensor of zeros for all experts.
-    gate_ups, downs = gate_up_proj.unbind(), down_proj.unbind()
-    for expert, token, pick in _picks(index, len(downs)):
+    gate_ups = _matrices(gate_up_proj, gate_up_scale, hidden.dtype)
+    downs = _matrices(down_proj, down_scale, hidden.dtype)
+    for expert, token, pick in _picks(index, down_proj.shape[0]):
         x = hidden[token]
-        pre = F.linear(x, gate_ups[expert])
+        pre = F.linear(x, gate_ups(expert))
         if gate_up_lora is not None:
             pre = pre + F.linear(F.linear(x, gate_up_lora[1][expert]), gate_up_lora[0][expert])
         gate, up = pre.chunk(2, dim=-1)
         h = act(gate) * up
-        y = F.linear(h, downs[expert])
+        y = F.linear(h, downs(expert))
         if down_lora is not None:
             y = y + F.linear(F.linear(h, down_lora[1][expert]), down_lora[0][expert])
         per_pick[token, pick] = y.to(wide) * weights[token, pick, None].to(wide)
@@ -268,6 +274,8 @@ def expert_mlp_bwd(
     gate_up_lora: LoraFactors | None = None,
     down_lora: LoraFactors | None = None,
     needed: Sequence[bool] = (True,) * 8,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `expert_mlp`, from `grad_out` [T, H] and the forward's arguments; what the kernels compute.
 
@@ -282,7 +290,8 @@ def expert_mlp_bwd(
     evaluated without dW.
 
     Args:
-        needed: which gradients to compute, in the order of the result.
+        needed: which gradients to compute, in the order of the result; not those of projections stored in 8 bits.
+        gate_up_scale, down_scale: as in `expert_mlp`.
 
     Returns:
         gradients of hidden, gate_up_proj, down_proj, weights, gate_up_lora (lhs, rhs), down_lora (lhs, rhs), each in
@@ -297,10 +306,13 @@ def expert_mlp_bwd(
     ]
     d_hidden, d_gate_up, d_down, d_weights, d_gate_up_lhs, d_gate_up_rhs, d_down_lhs, d_down_rhs = grads
     per_pick = hidden.new_zeros((*index.shape, hidden.shape[1]), dtype=wide) if d_hidden is not None else None
+    gate_ups = _matrices(gate_up_proj, gate_up_scale, hidden.dtype)
+    downs = _matrices(down_proj, down_scale, hidden.dtype)
     for expert, token, pick in _picks(index, down_proj.shape[0]):
+        gate_up, down = gate_ups(expert), downs(expert)
         x, g, weight = hidden[token], grad_out[token], weights[token, pick, None].to(wide)
-        pre = F.linear(x, gate_up_proj[expert])
-        a = g @ down_proj[expert]
+        pre = F.linear(x, gate_up)
+        a = g @ down
         if gate_up_lora is not None:
             lhs_up, rhs_up = (factor[expert] for factor in gate_up_lora)
             x_rhs = F.linear(x, rhs_up)  # [n, r]
@@ -317,7 +329,7 @@ def expert_mlp_bwd(
         if d_weights is not None:
             d_weights[token, pick] = (a * h).sum(-1).to(weights.dtype)
         if per_pick is not None:
-            d_x = d_pre @ gate_up_proj[expert]
+            d_x = d_pre @ gate_up
             if gate_up_lora is not None:
                 d_x = d_x + (d_pre @ lhs_up) @ rhs_up
             per_pick[token, pick] = d_x.to(wide)
@@ -336,6 +348,20 @@ def expert_mlp_bwd(
     if per_pick is not None:
         grads[0] = per_pick.sum(1).to(hidden.dtype)
     return tuple(grads)
+
+
+def dequantise(stored: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """float(stored) * scale of its row, rounded once to `dtype`: stored [..., rows, columns], scale [..., rows]."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (stored.to(wide) * scale.to(wide)[..., None]).to(dtype)
+
+
+def _matrices(projection: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Callable[[int], Tensor]:
+    """The matrix of an expert, made from its 8-bit form where it is asked for."""
+    matrices = projection.unbind()
+    if scale is None:
+        return lambda expert: matrices[expert]
+    return lambda expert: dequantise(matrices[expert], scale[expert], dtype)
 
 
 def _picks(index: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -163,7 +163,7 @@ def test_only_sentinels(backend):
 def _wrong_backward(control, p, backend):
     """The backward alone with one mistake, after a right forward."""
     arguments = [p.tensors[name] for name in ("hidden", *PROJECTIONS)] + [p.index, p.tensors["weights"]]
-    arguments += [p.tensors[name] for name in LORA]
+    arguments += [*(p.tensors[name] for name in LORA), None, None]
     out, kept = OPS.expert_mlp_fwd(*arguments, "gelu_tanh", False, True, backend)
     activation = {"silu slope": "silu", "erf slope": "gelu"}.get(control, "gelu_tanh")
     if control == "gate and up swapped":
@@ -174,7 +174,7 @@ def _wrong_backward(control, p, backend):
         arguments[4] = arguments[4].clone()
         arguments[4][:, -1] = 0
     elif control == "no update":
-        arguments[5:] = [None] * 4
+        arguments[5:9] = [None] * 4
     elif control == "factors of the next expert":
         arguments[5] = arguments[5].roll(1, 0)
     grads = OPS.expert_mlp_bwd(p.grad, *arguments, kept, activation, False, [True] * 8, backend)

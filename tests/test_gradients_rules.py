@@ -101,7 +101,7 @@ def test_only_what_is_needed(save, backend):
     p = problem(9, rank=2)
     expected = gradients.ours(p, backend=backend, save=save)
     arguments = [p.tensors[name] for name in ("hidden", *PROJECTIONS)] + [p.index, p.tensors["weights"]]
-    arguments += [p.tensors[name] for name in LORA]
+    arguments += [*(p.tensors[name] for name in LORA), None, None]
     kept = OPS.expert_mlp_fwd(*arguments, "gelu_tanh", False, save == "preactivation", backend)[1]
     for needed in itertools.product((False, True), repeat=8):
         grads = OPS.expert_mlp_bwd(p.grad, *arguments, kept, "gelu_tanh", False, needed, backend)

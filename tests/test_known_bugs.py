@@ -190,7 +190,7 @@ def test_bugs_09_and_10_schemas_and_fakes(T, K, backend):
     hidden = torch.randn(T, 67, requires_grad=True)
     parameters = [p.requires_grad_() for p in (router.proj.weight, router.scale, router.per_expert_scale)]
     probabilities, weights, index = (x.detach() for x in route(hidden, *parameters, top_k=K, eps=1e-6, backend=backend))
-    block = [hidden, experts.gate_up_proj, experts.down_proj, index, weights, *[None] * 4]
+    block = [hidden, experts.gate_up_proj, experts.down_proj, index, weights, *[None] * 6]
     kept = torch.ops.omnigene_fast.expert_mlp_fwd(*block, "gelu_tanh", False, True, backend)[1].detach()
     grads, plain = (probabilities, weights), [p.detach() for p in parameters]
     for name, arguments in (

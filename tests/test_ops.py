@@ -656,7 +656,7 @@ def _op_arguments(name, dtype, backend):
     probabilities, weights, index = reference.route(hidden, *parameters, top_k=4, eps=1e-6)
     factors = (torch.randn(16, size, 5).to(dtype) / 8 for size in (70, 67, 67, 35))
     lora = [factor if n % 2 == 0 else factor.mT.contiguous() for n, factor in enumerate(factors)]
-    block = (hidden, experts.gate_up_proj.detach(), experts.down_proj.detach(), index, weights, *lora)
+    block = (hidden, experts.gate_up_proj.detach(), experts.down_proj.detach(), index, weights, *lora, None, None)
     grads = torch.randn_like(probabilities), torch.randn_like(weights)
     return {
         "route_fwd": (hidden, *parameters, 4, 1e-6, "hf", backend),

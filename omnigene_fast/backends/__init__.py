@@ -27,6 +27,16 @@ class Lora(NamedTuple):
     down_rhs: Tensor | None  # [E, s, I]
 
 
+class Scales(NamedTuple):
+    """Scales of projections stored in 8 bits, float32: the weight is float(stored) * scale of its row. None: plain."""
+
+    gate_up: Tensor | None = None  # [E, 2I]
+    down: Tensor | None = None  # [E, H]
+
+
+PLAIN = Scales()
+
+
 class TraceBuffers(NamedTuple):
     """Where a gate writes its decisions: row t is token t, and rows past the T of a call stay as they are."""
 
@@ -90,6 +100,7 @@ class Backend(Protocol):
         activation: str,
         expert_parallel: bool,
         save_preactivation: bool,
+        scales: Scales = PLAIN,
     ) -> tuple[Tensor, Tensor | None]:
         """The output [T, H] and, if `save_preactivation`, the output of gate_up_proj [T * K, 2I] in the dtype of
         `hidden`, row t * K + k for pick k of token t; rows of sentinels may hold anything."""
@@ -107,6 +118,7 @@ class Backend(Protocol):
         activation: str,
         expert_parallel: bool,
         needed: Sequence[bool],
+        scales: Scales = PLAIN,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, gate_up_proj, down_proj, weights and the four of `lora`, None where not `needed`;
         the pre-activation is computed again if it is None. `grad_out` may have any strides."""

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import Lora, TraceBuffers
+from . import PLAIN, Lora, Scales, TraceBuffers
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
@@ -161,6 +161,7 @@ def expert_mlp(
     activation: str,
     expert_parallel: bool,
     save_preactivation: bool,
+    scales: Scales = PLAIN,
 ) -> tuple[Tensor, Tensor | None]:
     arguments = _ExpertArguments(hidden, gate_up_proj, down_proj, index, weights, lora, activation)
     out = torch.empty(hidden.shape, dtype=hidden.dtype)
@@ -182,6 +183,7 @@ def expert_mlp_bwd(
     activation: str,
     expert_parallel: bool,
     needed: Sequence[bool],
+    scales: Scales = PLAIN,
 ) -> tuple[Tensor | None, ...]:
     inputs = (hidden, gate_up_proj, down_proj, weights, *lora)
     grads = [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import Lora, TraceBuffers
+from . import PLAIN, Lora, Scales, TraceBuffers
 
 if TYPE_CHECKING:
     from ..kernels.lora import LoraFactors
@@ -116,6 +116,7 @@ def expert_mlp(
     activation: str,
     expert_parallel: bool,
     save_preactivation: bool,
+    scales: Scales = PLAIN,
     tiles: "ExpertTiles | None" = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`omnigene_fast.ops.expert_mlp` on validated arguments; `tiles` overrides the choice of `kernels.tiles`."""
@@ -157,6 +158,7 @@ def expert_mlp_bwd(
     activation: str,
     expert_parallel: bool,
     needed: Sequence[bool],
+    scales: Scales = PLAIN,
     tiles: "ExpertTiles | None" = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, gate_up_proj, down_proj, weights and the four of `lora`, None where not `needed`."""
