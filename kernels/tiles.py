@@ -1,16 +1,31 @@
-"""Tile choice: one small record per kernel, picked by rules that fit on a screen.
+"""Tile choice: one small record per kernel, from tables (tables.py) and rules that fit on a screen.
 
 `expert_tiles` and `route_tile` choose; `all_configs` and `all_route_tiles` list everything that they can choose on an
 architecture, so that a test compiles and runs each. Pass a record of your own to a launcher to override the choice.
-No measurement takes place at run time.
+No measurement takes place at run time: `omnigene-fast tune` measures, and writes a table.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from triton import cdiv, next_power_of_2
+
+from .tables import KERNELS, Bucket, ExpertTiles, Kind, Table, Tile, committed_tables, tables
+
+__all__ = [
+    "MAX_FUSED_EXPERTS",
+    "ExpertTiles",
+    "RouteTile",
+    "Tile",
+    "all_configs",
+    "all_route_tiles",
+    "expert_tiles",
+    "route_tile",
+    "rows_per_expert",
+    "shared_limit",
+]
 
 # Shared memory that one block may use, in bytes, by compute capability (CUDA C++ Programming Guide, technical
 # specifications). An architecture that is not listed gets the smallest.
@@ -18,87 +33,13 @@ SHARED_LIMIT = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_44
 SHARED_LEAST = 101_376  # 86, 89, 120, 121
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Tile of one GEMM program: rows, columns, reduction step; warps; software-pipeline stages; whether a low-rank
-    update goes on in the GEMM's accumulator, which takes fewer registers; whether weights come by TMA descriptors;
-    whether programs are as many as multiprocessors and take tile after tile."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    chain: bool = True
-    tma: bool = False
-    persistent: bool = False
-
-    def for_rank(self, rank: int) -> "Tile":
-        """The same with no more columns than a multiple of 16 needs: the largest power of two that divides `rank`."""
-        return replace(self, block_n=min(self.block_n, rank & -rank))
-
-
-@dataclass(frozen=True)
-class ExpertTiles:
-    """Tiles of the expert GEMMs. Those over rows share one tile table and so one `block_m`."""
-
-    up: Tile
-    down: Tile  # and the gradient of hidden, d_pre @ gate_up_proj: the same kernel
-    down_bwd: Tile
-    low_rank: Tile  # rows times a low-rank factor; the tile of rank 64 and more
-    gram: Tile  # gradients of the projections
-    low_rank_gram: Tile  # gradients of low-rank factors; the tile of rank 64 and more
-
-    def __post_init__(self) -> None:
-        rows = {tile.block_m for tile in (self.up, self.down, self.down_bwd, self.low_rank)}
-        if len(rows) != 1:
-            raise ValueError(f"up, down, down_bwd and low_rank must share block_m, got {sorted(rows)}.")
-
-    @property
-    def block_m(self) -> int:
-        return self.up.block_m
-
-
-class _Columns(NamedTuple):
-    """(block_n, block_k, warps) of the GEMMs over rows; the up GEMM holds block_n gate columns and as many up ones."""
-
-    up: tuple[int, int, int]
-    down: tuple[int, int, int]
-    down_bwd: tuple[int, int, int]
-
-
-# By block_m. 64 columns divide Gemma-4's I = 704. Below 64 rows the weights' bytes are the bound, so those tiles are
-# narrow and deep; wgmma and tcgen05 need 64 rows.
-_HALF = {
-    16: _Columns(up=(32, 128, 4), down=(64, 128, 4), down_bwd=(64, 128, 4)),
-    32: _Columns(up=(32, 128, 4), down=(64, 128, 4), down_bwd=(64, 128, 4)),
-    64: _Columns(up=(64, 64, 4), down=(128, 64, 4), down_bwd=(64, 64, 4)),
-    128: _Columns(up=(64, 64, 8), down=(128, 64, 8), down_bwd=(64, 64, 8)),
-}
-# At 128 rows on Hopper and datacentre Blackwell the tensor cores read their operands from shared memory: a dot 64
-# columns wide takes all of its 128 bytes per clock and leaves none for filling it. Twice the width takes three
-# quarters, which by this count (not by measurement) pays for a last column tile that is half empty.
-_HALF_WIDE = _Columns(up=(128, 64, 8), down=(256, 64, 8), down_bwd=(128, 64, 8))
-_WIDE_ARCHES = (90, 100, 103)
-_WIDE_PADDING = 1.125
-# Rows that are not 16-byte aligned are loaded element by element, through registers: smaller tiles, or they spill.
-_HALF_UNALIGNED = {
-    16: _Columns(up=(32, 64, 4), down=(64, 64, 4), down_bwd=(64, 64, 4)),
-    64: _Columns(up=(32, 32, 4), down=(64, 32, 4), down_bwd=(32, 32, 8)),
-}
-_FLOAT = {
-    16: _Columns(up=(32, 32, 4), down=(64, 32, 4), down_bwd=(64, 32, 4)),
-    64: _Columns(up=(32, 32, 8), down=(32, 32, 8), down_bwd=(64, 32, 8)),
-}
-# (block_m, block_n, block_k, warps) of the Gram products, then of those with a low-rank factor's rows.
-_HALF_GRAM = ((128, 128, 64, 8), (128, 64, 64, 8))
-_HALF_GRAM_WIDE = ((128, 256, 64, 8), (128, 64, 64, 8))
-_HALF_GRAM_UNALIGNED = ((64, 64, 32, 4), (64, 64, 32, 4))
-_FLOAT_GRAM = ((64, 64, 32, 8), (64, 64, 32, 8))
+# The most stages of the rule below, and the padding of I's columns that a tile wider than 64 may cost.
 _MAX_STAGES = 4
-# Triton 3.7.1 has miscompiled two products chained into one accumulator for sm_100. There, a low-rank update has its
-# own, which leaves no registers for wide tiles.
+_WIDE_PADDING = 1.125
+# Triton 3.7.1 has miscompiled two products chained into one accumulator for sm_100.
 _CHAIN_BELOW = 100
+_DEFAULT_ARCH = 80
+_WEIGHTS = {"up": 2, "down": 1, "down_bwd": 1}  # how many tiles of weights, which 8 bits halve, a stage holds
 
 
 def shared_limit(arch: int) -> int:
@@ -106,72 +47,95 @@ def shared_limit(arch: int) -> int:
     return SHARED_LIMIT.get(arch, SHARED_LEAST)
 
 
+@lru_cache(maxsize=4096)
 def expert_tiles(
-    rows_per_expert: int, intermediate: int, dtype: torch.dtype, arch: int, *, aligned: bool = True, lora: bool = False
+    rows_per_expert: int,
+    intermediate: int,
+    dtype: torch.dtype,
+    arch: int,
+    *,
+    aligned: bool = True,
+    lora: bool = False,
+    weight_bits: int = 16,
+    device: str | None = None,
 ) -> ExpertTiles:
-    """Tiles of the expert GEMMs.
+    """Tiles of the expert GEMMs: the nearest bucket of the first table (tables.py) that serves such operands.
 
     Args:
         rows_per_expert: T * K / E, rounded up.
         intermediate: I.
-        dtype: of hidden and weights.
+        dtype: of hidden, and of weights that are not stored in 8 bits.
         arch: compute capability, 80, 90, 100, ...
         aligned: every row of every operand begins at a multiple of 16 bytes.
         lora: a projection has a low-rank update.
+        weight_bits: 8 if the projections are stored in int8 or float8; any other number means `dtype`.
+        device: the GPU's name, for tables measured on it; None: the architecture's table.
     """
-    table = _table(dtype, aligned)
-    block_m = min(max(next_power_of_2(max(rows_per_expert, 1)), 16), max(table))
-    while block_m not in table:
-        block_m //= 2
-    wide_up = cdiv(intermediate, 128) * 128 <= _WIDE_PADDING * intermediate
-    return _build(block_m, dtype, arch, aligned, wide_up, lora)
+    kind = _kind(dtype, aligned, lora, weight_bits)
+    for table in _tables(arch, device):
+        bucket = table.nearest(kind, rows_per_expert)
+        if bucket is not None:
+            return _fitted(bucket, table, intermediate, dtype, arch, kind)
+    raise AssertionError(f"no table serves {kind}")  # sm_80.json serves every kind, which a test checks
 
 
-def all_configs(arch: int) -> list[tuple[torch.dtype, bool, bool, ExpertTiles]]:
-    """Every (dtype, aligned, lora, tiles) that `expert_tiles` can return on `arch`; bfloat16 stands for float16 too."""
+def all_configs(arch: int, *, weight_bits: int = 16) -> list[tuple[torch.dtype, bool, bool, ExpertTiles]]:
+    """Every (dtype, aligned, lora, tiles) that `expert_tiles` can return on `arch` from tables of this package;
+    bfloat16 stands for float16 too."""
     configs = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for aligned in (True, False):
-            for block_m in _table(dtype, aligned):
-                for wide_up, lora in product((False, True), repeat=2):
-                    config = (dtype, aligned, lora, _build(block_m, dtype, arch, aligned, wide_up, lora))
+    for dtype, aligned in product((torch.bfloat16, torch.float32), (True, False)):
+        kinds = {lora: _kind(dtype, aligned, lora, weight_bits) for lora in (False, True)}
+        for table in committed_tables(arch) or _tables(arch, None):
+            for bucket, (lora, kind) in product(table.buckets, kinds.items()):
+                for intermediate in range(64, 1025, 64) if bucket.serves(kind) else ():
+                    config = (dtype, aligned, lora, _fitted(bucket, table, intermediate, dtype, arch, kind))
                     if config not in configs:
                         configs.append(config)
     return configs
 
 
-def _table(dtype: torch.dtype, aligned: bool) -> dict[int, _Columns]:
-    if dtype == torch.float32:
-        return _FLOAT
-    return _HALF if aligned else _HALF_UNALIGNED
+def _kind(dtype: torch.dtype, aligned: bool, lora: bool, weight_bits: int) -> Kind:
+    name = "float32" if dtype == torch.float32 else "half"
+    return Kind(name, aligned, lora, "8bit" if weight_bits == 8 else "same")
 
 
-def _build(block_m: int, dtype: torch.dtype, arch: int, aligned: bool, wide_up: bool, lora: bool) -> ExpertTiles:
-    columns = _table(dtype, aligned)[block_m]
-    half_aligned = aligned and dtype != torch.float32
-    if half_aligned:
-        gram = _HALF_GRAM_WIDE if arch in _WIDE_ARCHES else _HALF_GRAM
-    else:
-        gram = _FLOAT_GRAM if dtype == torch.float32 else _HALF_GRAM_UNALIGNED
-    if half_aligned and block_m == 128 and arch in _WIDE_ARCHES and (arch < _CHAIN_BELOW or not lora):
-        columns = _HALF_WIDE if wide_up else columns._replace(down=_HALF_WIDE.down)
-
-    def tile(rows: int, n: int, k: int, warps: int, operands: int = 1) -> Tile:
-        return Tile(rows, n, k, warps, _stages((rows + operands * n) * k * dtype.itemsize, arch), arch < _CHAIN_BELOW)
-
-    return ExpertTiles(
-        up=tile(block_m, *columns.up, operands=2),
-        down=tile(block_m, *columns.down),
-        down_bwd=tile(block_m, *columns.down_bwd),
-        low_rank=tile(block_m, 64, *columns.down[1:]),
-        gram=tile(*gram[0]),
-        low_rank_gram=tile(*gram[1]),
-    )
+def _tables(arch: int, device: str | None) -> tuple[Table, ...]:
+    """Tables in the order to ask them in, ending with one that serves every kind: of an architecture without a table
+    the default's, sm_80's, which asks for nothing that later ones lack."""
+    found = tables(arch, device)
+    return found if any(table.device is None for table in found) else (*found, *tables(_DEFAULT_ARCH))
 
 
-def _stages(stage_bytes: int, arch: int) -> int:
+def _fitted(bucket: Bucket, table: Table, intermediate: int, dtype: torch.dtype, arch: int, kind: Kind) -> ExpertTiles:
+    """The bucket's tiles within what the table cannot know: I, the shared memory of `arch`, a fault of the compiler."""
+    fitted = {}
+    for name in KERNELS:
+        tile = getattr(bucket.tiles, name)
+        block_n = _unpadded(tile.block_n, intermediate) if name in ("up", "down_bwd") else tile.block_n
+        weights = _WEIGHTS.get(name, 0) if kind.weights == "8bit" else 0
+        columns = 2 * block_n if name == "up" else block_n
+        stage = (tile.block_m + columns) * tile.block_k * dtype.itemsize
+        shared = shared_limit(arch)
+        if weights:  # converted, they lie in shared memory beside the stages
+            converted = weights * block_n * tile.block_k
+            stage -= converted * (dtype.itemsize - 1)
+            shared -= converted * dtype.itemsize
+        as_stored = not weights or bucket.weights == kind.weights
+        counted = arch == table.arch[0] and as_stored and block_n == tile.block_n
+        stages = min(tile.stages, shared // stage) if counted else _stages(stage, shared)
+        fitted[name] = replace(tile, block_n=block_n, stages=stages, chain=tile.chain and arch < _CHAIN_BELOW)
+    return ExpertTiles(**fitted)
+
+
+def _unpadded(block_n: int, intermediate: int) -> int:
+    """`block_n`, halved down to 64 while tiles as wide would spend more than an eighth of the work on no columns."""
+    while block_n > 64 and cdiv(intermediate, block_n) * block_n > _WIDE_PADDING * intermediate:
+        block_n //= 2
+    return block_n
+
+
+def _stages(stage_bytes: int, shared: int) -> int:
     """Up to four pipeline stages; three will do if that leaves room for a second block on the multiprocessor."""
-    shared = shared_limit(arch)
     if shared // 2 // stage_bytes >= 3:
         shared //= 2
     return min(_MAX_STAGES, shared // stage_bytes)
