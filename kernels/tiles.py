@@ -22,9 +22,12 @@ __all__ = [
     "all_configs",
     "all_route_tiles",
     "expert_tiles",
+    "gpu_name",
+    "kind",
     "route_tile",
     "rows_per_expert",
     "shared_limit",
+    "tables_of",
 ]
 
 # Shared memory that one block may use, in bytes, by compute capability (CUDA C++ Programming Guide, technical
@@ -45,6 +48,12 @@ _WEIGHTS = {"up": 2, "down": 1, "down_bwd": 1}  # how many tiles of weights, whi
 def shared_limit(arch: int) -> int:
     """Bytes of shared memory that one block may use on `arch` (80, 90, 100, ...)."""
     return SHARED_LIMIT.get(arch, SHARED_LEAST)
+
+
+@lru_cache(maxsize=64)
+def gpu_name(device: torch.device) -> str | None:
+    """The GPU's name, which tables measured on it carry; None on a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 @lru_cache(maxsize=4096)
@@ -71,48 +80,53 @@ def expert_tiles(
         weight_bits: 8 if the projections are stored in int8 or float8; any other number means `dtype`.
         device: the GPU's name, for tables measured on it; None: the architecture's table.
     """
-    kind = _kind(dtype, aligned, lora, weight_bits)
-    for table in _tables(arch, device):
-        bucket = table.nearest(kind, rows_per_expert)
+    wanted = kind(dtype, aligned, lora, weight_bits)
+    for table in tables_of(arch, device):
+        bucket = table.nearest(wanted, rows_per_expert)
         if bucket is not None:
-            return _fitted(bucket, table, intermediate, dtype, arch, kind)
-    raise AssertionError(f"no table serves {kind}")  # sm_80.json serves every kind, which a test checks
+            return _fitted(bucket, table, intermediate, dtype, arch, wanted)
+    raise AssertionError(f"no table serves {wanted}")  # sm_80.json serves every kind, which a test checks
 
 
 def all_configs(arch: int, *, weight_bits: int = 16) -> list[tuple[torch.dtype, bool, bool, ExpertTiles]]:
     """Every (dtype, aligned, lora, tiles) that `expert_tiles` can return on `arch` from tables of this package;
     bfloat16 stands for float16 too."""
     configs = []
+    committed = committed_tables(arch)
+    asked = [*committed, *(table for table in tables_of(arch, None) if table not in committed)]
     for dtype, aligned in product((torch.bfloat16, torch.float32), (True, False)):
-        kinds = {lora: _kind(dtype, aligned, lora, weight_bits) for lora in (False, True)}
-        for table in committed_tables(arch) or _tables(arch, None):
-            for bucket, (lora, kind) in product(table.buckets, kinds.items()):
-                for intermediate in range(64, 1025, 64) if bucket.serves(kind) else ():
-                    config = (dtype, aligned, lora, _fitted(bucket, table, intermediate, dtype, arch, kind))
+        kinds = {lora: kind(dtype, aligned, lora, weight_bits) for lora in (False, True)}
+        for table in asked:
+            for bucket, (lora, wanted) in product(table.buckets, kinds.items()):
+                for intermediate in range(64, 1025, 64) if bucket.serves(wanted) else ():
+                    config = (dtype, aligned, lora, _fitted(bucket, table, intermediate, dtype, arch, wanted))
                     if config not in configs:
                         configs.append(config)
     return configs
 
 
-def _kind(dtype: torch.dtype, aligned: bool, lora: bool, weight_bits: int) -> Kind:
+def kind(dtype: torch.dtype, aligned: bool, lora: bool, weight_bits: int) -> Kind:
+    """What a bucket has to serve for such operands."""
     name = "float32" if dtype == torch.float32 else "half"
     return Kind(name, aligned, lora, "8bit" if weight_bits == 8 else "same")
 
 
-def _tables(arch: int, device: str | None) -> tuple[Table, ...]:
+def tables_of(arch: int, device: str | None) -> tuple[Table, ...]:
     """Tables in the order to ask them in, ending with one that serves every kind: of an architecture without a table
     the default's, sm_80's, which asks for nothing that later ones lack."""
     found = tables(arch, device)
     return found if any(table.device is None for table in found) else (*found, *tables(_DEFAULT_ARCH))
 
 
-def _fitted(bucket: Bucket, table: Table, intermediate: int, dtype: torch.dtype, arch: int, kind: Kind) -> ExpertTiles:
+def _fitted(
+    bucket: Bucket, table: Table, intermediate: int, dtype: torch.dtype, arch: int, wanted: Kind
+) -> ExpertTiles:
     """The bucket's tiles within what the table cannot know: I, the shared memory of `arch`, a fault of the compiler."""
     fitted = {}
     for name in KERNELS:
         tile = getattr(bucket.tiles, name)
         block_n = _unpadded(tile.block_n, intermediate) if name in ("up", "down_bwd") else tile.block_n
-        weights = _WEIGHTS.get(name, 0) if kind.weights == "8bit" else 0
+        weights = _WEIGHTS.get(name, 0) if wanted.weights == "8bit" else 0
         columns = 2 * block_n if name == "up" else block_n
         stage = (tile.block_m + columns) * tile.block_k * dtype.itemsize
         shared = shared_limit(arch)
@@ -120,7 +134,7 @@ def _fitted(bucket: Bucket, table: Table, intermediate: int, dtype: torch.dtype,
             converted = weights * block_n * tile.block_k
             stage -= converted * (dtype.itemsize - 1)
             shared -= converted * dtype.itemsize
-        as_stored = not weights or bucket.weights == kind.weights
+        as_stored = not weights or bucket.weights == wanted.weights
         counted = arch == table.arch[0] and as_stored and block_n == tile.block_n
         stages = min(tile.stages, shared // stage) if counted else _stages(stage, shared)
         fitted[name] = replace(tile, block_n=block_n, stages=stages, chain=tile.chain and arch < _CHAIN_BELOW)
