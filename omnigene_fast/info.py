@@ -32,7 +32,7 @@ PACKAGES = (
     "plotly",
     "scipy",
 )
-VARIABLES = ("OMNIGENE_FAST_CPU_ISA", "OMNIGENE_FAST_CHECK_IDS", "TRITON_INTERPRET")
+VARIABLES = ("OMNIGENE_FAST_CPU_ISA", "OMNIGENE_FAST_CHECK_IDS", "OMNIGENE_FAST_TUNED", "TRITON_INTERPRET")
 
 
 def report() -> str:
@@ -40,7 +40,10 @@ def report() -> str:
     lines = [
         f"omnigene-fast {package_version('omnigene-fast') or 'from an uninstalled checkout'}",
         "",
-        *_section("device", [("cpu", f"{cpu_name()}, {_threads()}"), ("memory", _memory()), ("gpu", _gpu())]),
+        *_section(
+            "device",
+            [("cpu", f"{cpu_name()}, {_threads()}"), ("memory", _memory()), ("gpu", _gpu()), ("tiles", _tiles())],
+        ),
         *_section("backends", [(name, _backend(name)) for name in ("cpu", "triton", "reference")]),
         *_section("traces", [("browser", _browser())]),
         *_section("versions", [("python", platform.python_version()), *((n, _package(n)) for n in PACKAGES[1:])]),
@@ -199,6 +202,24 @@ def _gpu() -> str:
     if torch.version.cuda is None:
         return f"none in use: torch {torch.__version__} is built without CUDA; a GPU needs a CUDA build of torch"
     return "none found: torch has CUDA but sees no NVIDIA GPU (check `nvidia-smi`)"
+
+
+def _tiles() -> str:
+    if not torch.cuda.is_available() or package_version("triton") is None:
+        return "none in use: they are for a GPU with Triton"
+    major, minor = torch.cuda.get_device_capability(0)
+    return tiles_in_use(10 * major + minor, torch.cuda.get_device_name(0))
+
+
+def tiles_in_use(arch: int, device: str) -> str:
+    """Which table the Triton kernels of the experts take their tiles from on such a GPU."""
+    from .kernels.tiles import tables_of
+
+    table = tables_of(arch, device)[0]
+    if table.source == "measured":
+        return f"{table.path}, measured on this kind of GPU ({table.header['date']})"
+    served = f"for sm_{arch}" if arch in table.arch else f"for sm_{table.arch[0]}, no table is for sm_{arch}"
+    return f"{table.path}, predicted {served}; `omnigene-fast tune` measures this GPU"
 
 
 def _backend(name: str) -> str:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from omnigene_fast import tune, tune_kernels, tune_model
+from omnigene_fast import info, tune, tune_kernels, tune_model
 from omnigene_fast.cli import main
 from omnigene_fast.kernels import tables, tiles
 from omnigene_fast.kernels.tables import Tile
@@ -382,6 +382,15 @@ def test_tiles_take_turns_and_each_call_finds_a_cold_cache(monkeypatch):
 
 
 # The command
+
+
+def test_info_says_which_table_is_used(user):
+    assert "sm_90.json, predicted for sm_90; `omnigene-fast tune` measures this GPU" in info.tiles_in_use(90, GPU.name)
+    assert "sm_80.json, predicted for sm_80, no table is for sm_120;" in info.tiles_in_use(120, "RTX 5090")
+    Bench(settings(), likes(block_k=32)).run(user)
+    forget()
+    assert info.tiles_in_use(90, GPU.name).startswith(f"{user}, measured on this kind of GPU (20")
+    assert "tiles " in info.report()
 
 
 @pytest.mark.parametrize(
