@@ -39,12 +39,14 @@ from .grouped_gemm import (
     tile_table,
 )
 from .tiles import Tile
+from .weights import scale_of_steps, widen
 
 
 @triton.jit
 def _expert_down_bwd_kernel(
     grad_ptr,
     down_ptr,
+    scale_ptr,
     low_ptr,
     factor_ptr,
     pre_ptr,
@@ -86,7 +88,8 @@ def _expert_down_bwd_kernel(
     after the other, or its values would not fit into the registers.
 
     grad_ptr         [T, H] bf16, fp16 or fp32, rows `stride_grad` apart, gathered: row // top_k is the token
-    down_ptr         [E, H, I] same dtype, experts `stride_expert` and rows `stride_row` apart
+    down_ptr         [E, H, I] same dtype, or 8 bits (weights.py); experts `stride_expert`, rows `stride_row` apart
+    scale_ptr        [E, H] fp32, scales of weights in 8 bits; or None
     low_ptr          [N, rank] same dtype, contiguous; or None: no low-rank update
     factor_ptr       [E, rank, I] same dtype, any strides; or None
     pre_ptr          [N, 2I] same dtype
@@ -116,7 +119,9 @@ def _expert_down_bwd_kernel(
     for start in range(0, H, BLOCK_K):
         in_k = k < H - start
         g = load_tile(grad_ptrs, inside, in_k, True, EVEN_K)
-        a = dot(g, load_tile(down_ptrs, in_k, n < I, EVEN_K, EVEN_N), a)
+        scale = scale_of_steps(scale_ptr if scale_ptr is None else scale_ptr + expert * H, start + k, in_k, EVEN_K)
+        down = load_tile(down_ptrs, in_k, n < I, EVEN_K, EVEN_N)
+        a = dot(g, widen(down, scale, g.dtype), a)
         grad_ptrs += BLOCK_K
         down_ptrs += BLOCK_K * stride_row
     if low_ptr is not None:
@@ -218,6 +223,7 @@ def launch_expert_down_bwd(
     activation: str,
     tile: Tile,
     *,
+    scale: Tensor | None = None,
     low_rank: LowRank | None = None,
     want_d_pre: bool = True,
     want_weighted_h: bool = False,
@@ -229,6 +235,7 @@ def launch_expert_down_bwd(
         grad_out: [T, H], the last dimension contiguous.
         preactivation: [N, 2I] by row, contiguous.
         weights: [T, K].
+        scale: [E, H] of weights in 8 bits, contiguous.
         low_rank: adds low @ factor [E, r, I] to the gradient of h.
     """
     H, I = down_proj.shape[1:]  # noqa: E741
@@ -243,6 +250,7 @@ def launch_expert_down_bwd(
     _expert_down_bwd_kernel[(dispatch.num_tiles * columns,)](
         grad_out,
         down_proj,
+        scale,
         *(low_rank or (None, None)),
         preactivation,
         weights.contiguous(),

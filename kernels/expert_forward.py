@@ -5,8 +5,9 @@ The first has the kernel of this file, on the grid that grouped_gemm.py describe
 | array                        | shape       | dtype            | meaning                                              |
 |------------------------------|-------------|------------------|------------------------------------------------------|
 | hidden                       | [T, H]      | bf16, fp16, fp32 | input of the experts                                 |
-| gate_up_proj                 | [E, 2I, H]  | same             | rows 0..I-1 gate, I..2I-1 up                         |
-| down_proj                    | [E, H, I]   | same             |                                                      |
+| gate_up_proj                 | [E, 2I, H]  | same, or 8 bits  | rows 0..I-1 gate, I..2I-1 up                         |
+| down_proj                    | [E, H, I]   | same, or 8 bits  |                                                      |
+| scale                        | [E, 2I], [E, H] | fp32         | of the rows of weights in 8 bits (weights.py)        |
 | pre                          | [N, 2I]     | same             | pre-activation (gate, up), by row                    |
 | h                            | [N, I]      | same             | activation, by position                              |
 | y                            | [N, H]      | same             | output of a row's expert, unweighted, by position    |
@@ -37,12 +38,14 @@ from .grouped_gemm import (
     tile_table,
 )
 from .tiles import Tile
+from .weights import scale_columns, widen
 
 
 @triton.jit
 def _expert_up_fwd_kernel(
     hidden_ptr,
     gate_up_ptr,
+    scale_ptr,
     low_ptr,
     factor_ptr,
     pre_ptr,
@@ -76,7 +79,8 @@ def _expert_up_fwd_kernel(
     BLOCK_N columns of h, for which it sums BLOCK_N gate columns and BLOCK_N up columns.
 
     hidden_ptr       [T, H] bf16, fp16 or fp32, rows `stride_hidden` apart, gathered: row // top_k is the token
-    gate_up_ptr      [E, 2I, H] same dtype, experts `stride_expert` and rows `stride_row` apart
+    gate_up_ptr      [E, 2I, H] same dtype, or 8 bits (weights.py); experts `stride_expert`, rows `stride_row` apart
+    scale_ptr        [E, 2I] fp32, scales of weights in 8 bits; or None
     low_ptr          [N, rank] same dtype, contiguous; or None: no low-rank update
     factor_ptr       [E, rank, 2I] same dtype, any strides; or None
     pre_ptr          [N, 2I] same dtype, by row, written; or None
@@ -114,11 +118,15 @@ def _expert_up_fwd_kernel(
             x = tl.load(x_ptrs, mask=in_k[None, :], other=0.0)
             gate_weight = tl.load(gate_ptrs, mask=in_k[:, None], other=0.0)
             up_weight = tl.load(up_ptrs, mask=in_k[:, None], other=0.0)
-        gate = dot(x, gate_weight, gate)
-        up = dot(x, up_weight, up)
+        gate = dot(x, widen(gate_weight, None, x.dtype), gate)
+        up = dot(x, widen(up_weight, None, x.dtype), up)
         x_ptrs += BLOCK_K
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
+    if scale_ptr is not None:
+        scale_ptr += expert * (2 * I)
+        gate = scale_columns(gate, scale_ptr, n, n < I)
+        up = scale_columns(up, scale_ptr + I, n, n < I)
     if low_ptr is not None:
         own = tl.where(inside, position, 0).to(tl.int64)
         factor_ptr += expert * stride_factor_expert
@@ -185,13 +193,15 @@ def launch_expert_up_fwd(
     activation: str,
     tile: Tile,
     *,
+    scale: Tensor | None = None,
     low_rank: LowRank | None = None,
     want_h: bool = True,
     want_preactivation: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """h [N, I] by position and the pre-activation [N, 2I] by row, where wanted.
 
-    `hidden` [T, H] has a contiguous last dimension; `low_rank` adds low @ factor [E, r, 2I] to the pre-activation.
+    `hidden` [T, H] has a contiguous last dimension; `scale` [E, 2I], contiguous, is that of weights in 8 bits;
+    `low_rank` adds low @ factor [E, r, 2I] to the pre-activation.
     """
     N, H = dispatch.order.shape[0], hidden.shape[1]
     I = gate_up_proj.shape[1] // 2  # noqa: E741
@@ -200,6 +210,7 @@ def launch_expert_up_fwd(
     _expert_up_fwd_kernel[(dispatch.num_tiles * triton.cdiv(I, tile.block_n),)](
         hidden,
         gate_up_proj,
+        scale,
         *(low_rank or (None, None)),
         pre,
         h,
@@ -222,7 +233,13 @@ def launch_expert_up_fwd(
 
 
 def launch_expert_down_fwd(
-    h: Tensor, down_proj: Tensor, dispatch: Dispatch, tile: Tile, *, low_rank: LowRank | None = None
+    h: Tensor,
+    down_proj: Tensor,
+    dispatch: Dispatch,
+    tile: Tile,
+    *,
+    scale: Tensor | None = None,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
-    """y [N, H] by position, from h [N, I] contiguous; `low_rank` adds low @ factor [E, r, H]."""
-    return launch_grouped_gemm(h, down_proj.transpose(1, 2), dispatch, tile, low_rank=low_rank)
+    """y [N, H] by position, from h [N, I] contiguous; `scale` [E, H]; `low_rank` adds low @ factor [E, r, H]."""
+    return launch_grouped_gemm(h, down_proj.transpose(1, 2), dispatch, tile, scale=scale, low_rank=low_rank)

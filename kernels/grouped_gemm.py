@@ -24,6 +24,7 @@ from torch import Tensor
 from .arithmetic import dot, round_to
 from .dispatch import Dispatch
 from .tiles import Tile
+from .weights import scale_columns, scale_of_steps, widen
 
 GROUP_M = 8
 
@@ -109,6 +110,7 @@ def _token_or_position(order_ptr, position, inside, top_k, GATHER: tl.constexpr)
 def _grouped_gemm_kernel(
     rows_ptr,
     weight_ptr,
+    scale_ptr,
     low_ptr,
     factor_ptr,
     out_ptr,
@@ -129,6 +131,7 @@ def _grouped_gemm_kernel(
     stride_factor_rank,
     stride_factor_n,
     GATHER: tl.constexpr,
+    SCALED_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -142,7 +145,8 @@ def _grouped_gemm_kernel(
     one expert and BLOCK_N columns of out.
 
     rows_ptr         [T, K] if GATHER (row // top_k is the token), else [positions, K]; bf16, fp16 or fp32
-    weight_ptr       [E, K, N] same dtype, any strides
+    weight_ptr       [E, K, N] same dtype, or 8 bits (weights.py); any strides
+    scale_ptr        [E, K] if SCALED_K, else [E, N], fp32: scales of weights in 8 bits; or None
     low_ptr          [positions, rank] same dtype, contiguous; or None: nothing is added
     factor_ptr       [E, rank, N] same dtype, any strides; or None
     out_ptr          [positions, N] same dtype, contiguous, written
@@ -169,10 +173,13 @@ def _grouped_gemm_kernel(
     for start in range(0, K, BLOCK_K):
         in_k = k < K - start
         x = load_tile(rows_ptrs, inside, in_k, True, EVEN_K)
+        scale = scale_of_steps(scale_ptr + expert * K if SCALED_K else None, start + k, in_k, EVEN_K)
         weight = load_tile(weight_ptrs, in_k, n < N, EVEN_K, EVEN_N)
-        total = dot(x, weight, total)
+        total = dot(x, widen(weight, scale, x.dtype), total)
         rows_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K * stride_k
+    if scale_ptr is not None and not SCALED_K:
+        total = scale_columns(total, scale_ptr + expert * N, n, n < N)
     if low_ptr is not None:
         total = add_low_rank(
             total,
@@ -264,6 +271,8 @@ def launch_grouped_gemm(
     *,
     gather: bool = False,
     low_rank: LowRank | None = None,
+    scale: Tensor | None = None,
+    scale_reduced: bool = False,
 ) -> Tensor:
     """rows @ weight[expert] (+ low @ factor[expert]), [N, columns] by position.
 
@@ -271,12 +280,14 @@ def launch_grouped_gemm(
         rows: [N, K] by position, or with `gather` [T, K] by token; the last dimension contiguous.
         weight: [E, K, columns], any strides.
         low_rank: what is added.
+        scale: of weights in 8 bits, contiguous: [E, columns], or with `scale_reduced` [E, K].
     """
     _, K, N = weight.shape
     out = torch.empty((dispatch.order.shape[0], N), dtype=rows.dtype, device=rows.device)
     _grouped_gemm_kernel[(dispatch.num_tiles * triton.cdiv(N, tile.block_n),)](
         rows,
         weight,
+        scale,
         *(low_rank or (None, None)),
         out,
         *tile_table(dispatch),
@@ -288,6 +299,7 @@ def launch_grouped_gemm(
         *weight.stride(),
         *(low_rank.factor.stride() if low_rank else (0, 0, 0)),
         GATHER=gather,
+        SCALED_K=scale is not None and scale_reduced,
         EVEN_K=K % tile.block_k == 0,
         EVEN_N=N % tile.block_n == 0,
         **rank_options(low_rank, tile),

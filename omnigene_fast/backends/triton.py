@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MIN_CAPABILITY = (8, 0)
 _INTERPRETED_ARCH = 80
+_CONVERTS_E4M3 = 89
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -133,16 +134,24 @@ def expert_mlp(
         _check_ids(index, E, expert_parallel)
     with _on(hidden.device):
         hidden = _last_contiguous(hidden)
-        tiles = tiles or _tiles(index, lora, down_proj, hidden, gate_up_proj)
+        gate_up_proj, down_proj, scales = _readable(gate_up_proj, down_proj, scales)
+        tiles = tiles or _tiles(index, lora, hidden, gate_up_proj, down_proj)
         gate_up_lora, down_lora = _factors(lora)
         dispatch = launch_dispatch_fwd(index, E, tiles.block_m)
         low = launch_lora_fwd(hidden, gate_up_lora, dispatch, tiles, gather=True) if gate_up_lora else None
         h, pre = launch_expert_up_fwd(
-            hidden, gate_up_proj, dispatch, activation, tiles.up, low_rank=low, want_preactivation=save_preactivation
+            hidden,
+            gate_up_proj,
+            dispatch,
+            activation,
+            tiles.up,
+            scale=scales.gate_up,
+            low_rank=low,
+            want_preactivation=save_preactivation,
         )
         assert h is not None
         low = launch_lora_fwd(h, down_lora, dispatch, tiles) if down_lora else None
-        y = launch_expert_down_fwd(h, down_proj, dispatch, tiles.down, low_rank=low)
+        y = launch_expert_down_fwd(h, down_proj, dispatch, tiles.down, scale=scales.down, low_rank=low)
         return launch_combine_fwd(y, dispatch.position, weights, index.shape[1]), pre
 
 
@@ -180,7 +189,8 @@ def expert_mlp_bwd(
     d_hidden = d_gate_up = d_down = d_up_lhs = d_up_rhs = d_down_lhs = d_down_rhs = None
     with _on(hidden.device):
         hidden, grad_out = _last_contiguous(hidden), _last_contiguous(grad_out)
-        tiles = tiles or _tiles(index, lora, down_proj, hidden, gate_up_proj, grad_out)
+        gate_up_proj, down_proj, scales = _readable(gate_up_proj, down_proj, scales)
+        tiles = tiles or _tiles(index, lora, hidden, gate_up_proj, down_proj, grad_out)
         gate_up_lora, down_lora = _factors(lora)
         dispatch = launch_dispatch_fwd(index, E, tiles.block_m)
 
@@ -194,6 +204,7 @@ def expert_mlp_bwd(
                 dispatch,
                 activation,
                 tiles.up,
+                scale=scales.gate_up,
                 low_rank=x_rhs,
                 want_h=False,
                 want_preactivation=True,
@@ -213,6 +224,7 @@ def expert_mlp_bwd(
             dispatch,
             activation,
             tiles.down_bwd,
+            scale=scales.down,
             low_rank=g_lhs,
             want_d_pre=want_d_pre,
             want_weighted_h=need_down or need_down_lhs or need_down_rhs,
@@ -234,7 +246,15 @@ def expert_mlp_bwd(
             if gate_up_lora and (need_hidden or need_up_rhs):
                 d_lhs = launch_lora_bwd(d_pre, gate_up_lora, dispatch, tiles)
             if need_hidden:
-                d_x = launch_grouped_gemm(d_pre, gate_up_proj, dispatch, tiles.down, low_rank=d_lhs)
+                d_x = launch_grouped_gemm(
+                    d_pre,
+                    gate_up_proj,
+                    dispatch,
+                    tiles.down,
+                    scale=scales.gate_up,
+                    scale_reduced=True,
+                    low_rank=d_lhs,
+                )
                 d_hidden = launch_combine_fwd(d_x, dispatch.position, None, index.shape[1])
             if need_gate_up:
                 d_gate_up = torch.empty_like(gate_up_proj, memory_format=torch.contiguous_format)
@@ -246,21 +266,36 @@ def expert_mlp_bwd(
     return d_hidden, d_gate_up, d_down, d_weights, d_up_lhs, d_up_rhs, d_down_lhs, d_down_rhs
 
 
-def _tiles(index: Tensor, lora: Lora, down_proj: Tensor, *others: Tensor) -> "ExpertTiles":
+def _readable(gate_up_proj: Tensor, down_proj: Tensor, scales: Scales) -> tuple[Tensor, Tensor, Scales]:
+    """Projections and scales as the kernels take them: GPUs that cannot convert e4m3 get its bits."""
+    if scales.gate_up is None or scales.down is None:
+        return gate_up_proj, down_proj, PLAIN
+    if gate_up_proj.dtype == torch.float8_e4m3fn and _arch(gate_up_proj.device) < _CONVERTS_E4M3:
+        gate_up_proj = gate_up_proj.view(torch.uint8)
+    if down_proj.dtype == torch.float8_e4m3fn and _arch(down_proj.device) < _CONVERTS_E4M3:
+        down_proj = down_proj.view(torch.uint8)
+    return gate_up_proj, down_proj, Scales(scales.gate_up.contiguous(), scales.down.contiguous())
+
+
+def _tiles(
+    index: Tensor, lora: Lora, hidden: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *others: Tensor
+) -> "ExpertTiles":
     """The choice of `kernels.tiles` for these operands."""
     from ..kernels.tiles import expert_tiles, rows_per_expert
+    from ..kernels.weights import tiles_of_8_bits
 
     E, H, I = down_proj.shape  # noqa: E741
     T, K = index.shape
-    aligned = H % 16 == 0 and I % 16 == 0 and all(map(_aligned, (down_proj, *others)))
-    return expert_tiles(
+    tiles = expert_tiles(
         rows_per_expert(T, K, E),
         I,
-        down_proj.dtype,
-        _arch(down_proj.device),
-        aligned=aligned,
+        hidden.dtype,
+        _arch(hidden.device),
+        aligned=H % 16 == 0 and I % 16 == 0 and all(map(_aligned, (hidden, gate_up_proj, down_proj, *others))),
         lora=any(factor is not None for factor in lora),
     )
+    stored = {gate_up_proj.dtype, down_proj.dtype}
+    return tiles if stored == {hidden.dtype} else tiles_of_8_bits(tiles, torch.uint8 in stored)
 
 
 def _factors(lora: Lora) -> "tuple[LoraFactors | None, LoraFactors | None]":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from omnigene_fast import reference
-from omnigene_fast.backends import Lora
+from omnigene_fast.backends import PLAIN, Lora, Scales
 from omnigene_fast.backends import triton as backend
 
 from .. import helpers
@@ -20,13 +20,16 @@ EVERYTHING = (True,) * 8
 
 
 class Case(NamedTuple):
-    """Arguments of the experts' backward; `inputs` in the order of NAMES, None where there is no low-rank update."""
+    """Arguments of the experts' backward; `inputs` in the order of NAMES, None where there is no low-rank update.
+
+    `stock` and `truth` know nothing of `scales`: they want a case that has the dequantised weights."""
 
     experts: torch.nn.Module
     inputs: tuple[Tensor | None, ...]
     index: Tensor
     grad_out: Tensor
     activation: str
+    scales: Scales = PLAIN
 
     @property
     def lora(self) -> Lora:
@@ -78,7 +81,17 @@ def make(
 def forward(case: Case, save: bool, choice=None, expert_parallel: bool = False) -> tuple[Tensor, Tensor | None]:
     hidden, gate_up, down, weights, *_ = case.inputs
     return backend.expert_mlp(
-        hidden, gate_up, down, case.index, weights, case.lora, case.activation, expert_parallel, save, choice
+        hidden,
+        gate_up,
+        down,
+        case.index,
+        weights,
+        case.lora,
+        case.activation,
+        expert_parallel,
+        save,
+        case.scales,
+        choice,
     )
 
 
@@ -102,6 +115,7 @@ def backward(
         case.activation,
         expert_parallel,
         needed,
+        case.scales,
         choice,
     )
 

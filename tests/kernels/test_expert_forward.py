@@ -27,7 +27,7 @@ def case(device, dtype, T, E=6, K=2, H=40, I=24, mode="uniform", magnitude=1.0, 
 def run(experts, hidden, index, weights, activation="gelu_tanh", expert_parallel=False, choice=None):
     arguments = (hidden, experts.gate_up_proj, experts.down_proj, index, weights)
     if choice is not None:
-        return backend.expert_mlp(*arguments, NO_LORA, activation, expert_parallel, False, choice)[0]
+        return backend.expert_mlp(*arguments, NO_LORA, activation, expert_parallel, False, tiles=choice)[0]
     return ops.expert_mlp(*arguments, activation=activation, expert_parallel=expert_parallel, backend="triton")
 
 
