@@ -10,6 +10,7 @@ from transformers import activations
 from transformers.integrations import moe
 
 from .. import ops
+from . import lowbit
 
 NAME = "omnigene_fast"
 STOCK = "grouped_mm"  # what transformers chooses when nothing is asked for
@@ -53,7 +54,8 @@ def experts_forward(
 
     Args:
         self: an experts module of transformers, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
-        hidden_states: [T, H], any floating dtype; computed in the dtype of the weights, as under autocast.
+        hidden_states: [T, H], any floating dtype; computed in the dtype of the weights, as under autocast, or in
+            that of the model where the weights are stored in 8 bits.
         top_k_index: [T, K] integer.
         top_k_weights: [T, K], any floating dtype.
         lora: low-rank updates by the name of their parameter, as `integrations.peft` hands them down.
@@ -69,6 +71,11 @@ def experts_forward(
     down_proj, down_lora = _projection(self, "down_proj", lora)
     check_weights(self, gate_up_proj)
     record, dtype = self.__dict__.get(RECORD, UNTOUCHED), gate_up_proj.dtype
+    gate_up_scale = down_scale = None
+    if lowbit.bits(self) is not None:
+        dtype = lowbit.compute_dtype(self)
+        gate_up_proj, gate_up_scale = lowbit.stored(self, "gate_up_proj")
+        down_proj, down_scale = lowbit.stored(self, "down_proj")
     out = ops.expert_mlp(
         hidden_states if hidden_states.dtype == dtype else hidden_states.to(dtype),
         gate_up_proj,
@@ -78,6 +85,8 @@ def experts_forward(
         activation=activation,
         gate_up_lora=gate_up_lora,
         down_lora=down_lora,
+        gate_up_scale=gate_up_scale,
+        down_scale=down_scale,
         # transformers before this flag marked the picks of other ranks with id num_experts in any model.
         expert_parallel=getattr(self, "_is_expert_parallel", True),
         save=record.save,
@@ -128,7 +137,7 @@ def implementation(module: Any) -> str | None:
 
 def check_weights(experts: nn.Module, gate_up_proj: Any) -> None:
     """ValueError if the experts are stored in a dtype that these operators cannot compute in."""
-    if gate_up_proj.dtype not in ops.DTYPES:
+    if gate_up_proj.dtype not in ops.DTYPES and lowbit.bits(experts) is None:
         raise _refusal(experts, f"its gate_up_proj is stored as {gate_up_proj.dtype}")
 
 

@@ -5,6 +5,9 @@ it once when it is registered, so the merged weight, of the size of all experts,
 around experts that run on this package gets an instance attribute `forward` that hands its two factors down to
 `experts_forward` instead. Whatever is not a plain sum of active adapters runs PEFT's own way: disabled and merged
 adapters, mixed batches, parameters of another layout.
+
+Onto experts stored in 8 bits PEFT puts float32 factors, as onto every quantised layer. Its own way, which adds to the
+weight, cannot serve them: an instance attribute `merge` brings such experts back to the model's dtype before it merges.
 """
 
 import functools
@@ -12,9 +15,11 @@ import logging
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
+from . import lowbit
 from .experts import NAME, Factors, implementation, is_experts, scaled
 
 logger = logging.getLogger("omnigene_fast")
@@ -26,11 +31,18 @@ def is_wrapper(module: nn.Module) -> bool:
     return cls is not None and isinstance(module, cls) and is_experts(_innermost(module, cls))
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put an adapter, of any kind, into `model`."""
+    cls = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    return cls is not None and any(isinstance(module, cls) for module in model.modules())
+
+
 def install(wrapper: nn.Module) -> None:
     """Give `wrapper` our forward, unless another tool's is there."""
     slot = "_old_forward" if "_old_forward" in wrapper.__dict__ else "forward"  # behind the accelerate library's hook
     if slot == "_old_forward" or slot not in wrapper.__dict__ or _is_ours(wrapper.__dict__[slot]):
         wrapper.__dict__[slot] = functools.partial(_wrapper_forward, wrapper)
+        wrapper.__dict__["merge"] = functools.partial(_wrapper_merge, wrapper)
         if not hasattr(wrapper, "get_delta_factors"):
             _say_that_peft_is_old()
 
@@ -41,6 +53,9 @@ def uninstall(module: nn.Module) -> None:
         del module.__dict__["forward"]
     if _is_ours(module.__dict__.get("_old_forward")):
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+    merge = module.__dict__.get("merge")
+    if isinstance(merge, functools.partial) and merge.func is _wrapper_merge:
+        del module.__dict__["merge"]
 
 
 @functools.cache
@@ -85,11 +100,40 @@ def _wrapper_forward(wrapper: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     """`ParamWrapper.forward`, but the factors of active adapters go down to `experts_forward` in the keyword `lora`."""
     pairs = None if kwargs.get("adapter_names") or wrapper.disable_adapters or wrapper.merged else _factors(wrapper)
     if pairs is None:
+        _check_that_peft_can(wrapper, kwargs)
         return type(wrapper).forward(wrapper, x, *args, **kwargs)
     kwargs.pop("adapter_names", None)
     lora = dict(kwargs.pop("lora", {}))
     lora[wrapper.parameter_name] = [*lora.get(wrapper.parameter_name, ()), *pairs]
     return wrapper.base_layer(x, *args, lora=lora, **kwargs)
+
+
+def _check_that_peft_can(wrapper: Any, kwargs: dict[str, Any]) -> None:
+    """ValueError if PEFT's own way would add an adapter to a weight stored in 8 bits."""
+    if lowbit.bits(wrapper.get_base_layer()) is None or wrapper.disable_adapters or kwargs.get("adapter_names"):
+        return
+    raise ValueError(
+        f"model: expected adapters on experts stored in 8 bits to run on omnigene_fast, got {wrapper.parameter_name}"
+        f" under the experts implementation {implementation(wrapper.get_base_layer())!r}; call"
+        f' model.set_experts_implementation("{NAME}") with peft>=0.21, or omnigene_fast.restore(model).'
+    )
+
+
+def _wrapper_merge(wrapper: Any, *args: Any, **kwargs: Any) -> None:
+    """`ParamWrapper.merge`, after experts stored in 8 bits are back in the model's dtype."""
+    experts = wrapper.get_base_layer()
+    if lowbit.bits(experts) is not None:
+        _say_that_merging_thaws()
+        lowbit.thaw(experts, frozen=True)
+    type(wrapper).merge(wrapper, *args, **kwargs)
+
+
+@functools.cache
+def _say_that_merging_thaws() -> None:
+    logger.warning(
+        "Merging an adapter brings the experts that it adapts back from 8 bits to the model's dtype, because the sum"
+        " would be rounded once more; accelerate(model, experts_dtype=...) stores the merged model in 8 bits again."
+    )
 
 
 def _factors(wrapper: Any) -> list[Factors] | None:
@@ -99,11 +143,28 @@ def _factors(wrapper: Any) -> list[Factors] | None:
         return None
     if wrapper.parameter_name not in ("gate_up_proj", "down_proj"):
         return None
+    low = lowbit.bits(experts) is not None
     weight, pairs = wrapper.get_param(), []
+    dtype = lowbit.compute_dtype(experts) if low else weight.dtype
     for adapter in wrapper.active_adapters:
         if adapter in wrapper.lora_A:
-            lhs, rhs, scaling = wrapper.get_delta_factors(adapter)
-            if weight.dtype not in ops.DTYPES or (*lhs.shape[:2], rhs.shape[2]) != tuple(weight.shape):
+            if low:
+                lhs, rhs, scaling = _delta_factors(wrapper, adapter, dtype)
+            else:
+                lhs, rhs, scaling = wrapper.get_delta_factors(adapter)
+            if dtype not in ops.DTYPES or (*lhs.shape[:2], rhs.shape[2]) != tuple(weight.shape):
                 return None
             pairs.append((scaled(lhs, scaling), rhs))
     return pairs
+
+
+def _delta_factors(wrapper: Any, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """`ParamWrapper.get_delta_factors` in `dtype`; PEFT's would cast the factors to the 8 bits of the weight."""
+    E = wrapper.num_experts
+    rhs = wrapper.lora_A[adapter].weight  # [E * r, in], expert-major
+    lhs = wrapper.lora_B[adapter].weight  # [out, r * E], rank-major
+    return (
+        lhs.reshape(lhs.shape[0], -1, E).permute(2, 0, 1).to(dtype),
+        rhs.reshape(E, -1, rhs.shape[1]).to(dtype),
+        wrapper.scaling[adapter],
+    )

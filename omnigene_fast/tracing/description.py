@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..integrations import gemma4
+from ..integrations import gemma4, lowbit
 
 
 def describe_model(model: nn.Module, routers: Mapping[int, Any]) -> dict[str, Any]:
@@ -20,13 +20,15 @@ def describe_model(model: nn.Module, routers: Mapping[int, Any]) -> dict[str, An
     config = next(iter(routers.values())).config if owner is None else owner.config
     text = json.dumps(_essence(config.to_dict()), sort_keys=True, default=str)
     quantisation = getattr(config, "quantization_config", None)
+    formats = sorted({bits.format for bits in map(lowbit.bits, model.modules()) if bits is not None})
+    stored = f"experts {', '.join(formats)}" if formats else None
     numerics = {gemma4.numerics_of(router) for router in routers.values()}
     return {
         "model": str(getattr(config, "_name_or_path", "") or type(owner or model).__name__),
         "model_class": type(owner or model).__name__,
         "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "quantization": None if quantisation is None else str(type(quantisation).__name__),
+        "quantization": stored if quantisation is None else str(type(quantisation).__name__),
         "numerics": numerics.pop() if len(numerics) == 1 else "mixed",
         "order": "router: by falling probability, equal ones by rising id",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
