@@ -6,6 +6,7 @@ of experts must be equal. Gradients are tensors like the output; `gradients.py` 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from omnigene_fast import reference
 
 from . import gradients
-from .providers import Output, Provider, build, truth_norm
+from .lowbit import LOW_BIT_OPS, low_bit
+from .providers import ROUTES, Output, Provider, build, truth_norm
 from .training import TRAINING_OPS
 from .workloads import EPS, Draw, Layer
 
@@ -43,9 +45,9 @@ def truth(op: str, layer: Layer, draw: Draw, proj: Tensor, picked: Sample) -> di
         expected = gradients.truth(op, layer, draw, picked.rows, picked.experts)
         return _with_empty(op, expected, picked)
     rows = picked.rows.to(draw.hidden.device)
-    if op == "experts":
-        out = _experts(layer, draw.normed[rows].double(), draw.index[rows], draw.weights[rows].double())
-        return {"out": out}
+    if op == "experts" or op in LOW_BIT_OPS:
+        matrices = _stored(layer, op) if op in LOW_BIT_OPS else _plain(layer)
+        return {"out": _experts(matrices, draw.normed[rows].double(), draw.index[rows], draw.weights[rows].double())}
     hidden = draw.hidden[rows].double()
     probabilities, weights, index = reference.route(
         hidden,
@@ -55,9 +57,9 @@ def truth(op: str, layer: Layer, draw: Draw, proj: Tensor, picked: Sample) -> di
         top_k=layer.shape.K,
         eps=EPS,
     )
-    if op == "route":
+    if op in ROUTES:
         return {"probabilities": probabilities, "weights": _dense(weights, index, layer.shape.E)}
-    return {"out": _experts(layer, truth_norm(layer, hidden), index, weights)}
+    return {"out": _experts(_plain(layer), truth_norm(layer, hidden), index, weights)}
 
 
 def errors(op: str, layer: Layer, output: Output, expected: dict[str, Tensor], picked: Sample) -> dict[str, float]:
@@ -66,7 +68,7 @@ def errors(op: str, layer: Layer, output: Output, expected: dict[str, Tensor], p
     if op in TRAINING_OPS:
         assert isinstance(output, dict)
         found = gradients.taken(layer, output, *picked)
-    elif op == "route":
+    elif op in ROUTES:
         assert isinstance(output, tuple)
         probabilities, weights, index = (tensor[picked.rows.to(tensor.device)] for tensor in output)
         found = {"probabilities": probabilities, "weights": _dense(weights, index, layer.shape.E)}
@@ -101,15 +103,34 @@ def _with_empty(op: str, tensors: dict[str, Tensor], picked: Sample) -> dict[str
     return tensors if op == "experts_frozen" or not len(picked.empty) else tensors | {"d_empty": torch.zeros(1)}
 
 
-def _experts(layer: Layer, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+Matrices = Callable[[int], tuple[Tensor, Tensor]]  # an expert's gate_up [2I, H] and down [H, I] in float64
+
+
+def _plain(layer: Layer) -> Matrices:
+    return lambda expert: (layer.gate_up[expert].double(), layer.down[expert].double())
+
+
+def _stored(layer: Layer, op: str) -> Matrices:
+    """What the 8 bits and their scales stand for, unrounded."""
+    low = low_bit(layer, op)
+
+    def matrices(expert: int) -> tuple[Tensor, Tensor]:
+        gate_up = reference.dequantise(low.gate_up[expert], low.gate_up_scale[expert], torch.float64)
+        return gate_up, reference.dequantise(low.down[expert], low.down_scale[expert], torch.float64)
+
+    return matrices
+
+
+def _experts(matrices: Matrices, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """`reference.expert_mlp` in float64, one expert's weights widened at a time."""
     out = torch.zeros_like(hidden)
     for expert in index.unique().tolist():
         token, pick = torch.where(index == expert)
+        gate_up, down = matrices(expert)
         out[token] += reference.expert_mlp(
             hidden[token],
-            layer.gate_up[expert, None].double(),
-            layer.down[expert, None].double(),
+            gate_up[None],
+            down[None],
             torch.zeros(len(token), 1, dtype=torch.long, device=hidden.device),
             weights[token, pick, None],
             activation="gelu_tanh",

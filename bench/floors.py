@@ -14,6 +14,7 @@ from torch import Tensor
 
 from omnigene_fast import backends
 
+from .lowbit import LOW_BIT_OPS
 from .training import RANKS, TRAINING_OPS
 from .workloads import Draw, Shape
 
@@ -49,12 +50,21 @@ def work(op: str, shape: Shape, draw: Draw, dtype: torch.dtype) -> Work:
     experts_full    also the gradient of all E experts, written once; FLOPs: 3 · 6·T·K·H·I
     experts_lora    as experts_frozen, with the hit experts' factors (r rows of 2H + 3I each) read twice and the
                     gradient of all E experts' factors written once; FLOPs: also 3 · 2·T·K·r·(2H + 3I)
+
+    experts_int8, experts_fp8: as experts, a byte per weight and a float32 per row. route_traced: as route, with ids of
+    one byte, half-precision weights and three half-precision statistics written. decode: as block.
     """
-    tokens, size = len(draw.index), dtype.itemsize
-    hit = len(draw.index.unique())
+    return work_of(op, shape, len(draw.index), len(draw.index.unique()), dtype)
+
+
+def work_of(op: str, shape: Shape, tokens: int, hit: int, dtype: torch.dtype) -> Work:
+    """The same for `tokens` tokens that visit `hit` experts between them."""
+    size = dtype.itemsize
     experts = Work(hit * shape.expert_bytes(dtype), 6.0 * tokens * shape.K * shape.H * shape.I)
     if op == "experts":
         return experts
+    if op in LOW_BIT_OPS:
+        return Work(hit * (shape.expert_bytes(torch.int8) + 4 * (2 * shape.I + shape.H)), experts.flops)
     if op in TRAINING_OPS:
         twice = Work(2 * experts.bytes, 2 * experts.flops)
         if op == "experts_full":
@@ -63,8 +73,9 @@ def work(op: str, shape: Shape, draw: Draw, dtype: torch.dtype) -> Work:
         return Work(twice.bytes + (2 * hit + shape.E) * factors * size, twice.flops + 6.0 * tokens * shape.K * factors)
     proj = shape.E * shape.H * size
     flops = 2.0 * tokens * shape.E * shape.H
-    if op == "route":
-        return Work(proj + tokens * (shape.H * size + shape.E * 4 + shape.K * 12), flops)
+    if op in ("route", "route_traced"):
+        traced = tokens * (shape.K * 3 + 6) if op == "route_traced" else 0
+        return Work(proj + tokens * (shape.H * size + shape.E * 4 + shape.K * 12) + traced, flops)
     return Work(experts.bytes + proj, experts.flops + flops)
 
 
@@ -73,8 +84,10 @@ class Probe:
     """Bandwidth (GB/s) and peak (GFLOP/s) of `device` in `dtype`, measured again at each `sample()`.
 
     On the CPU with the C++ module: the best of its read loops over 256 MB and its multiply-add loop (float32's for
-    float16, which goes through float32 there). Else, named "torch" in the rows: a sum over 256 MB and a matrix product;
-    on a GPU: a copy and an 8192³ product.
+    float16, which goes through float32 there). Else, named "torch" in the rows: a sum over 256 MB and a matrix product.
+
+    On a GPU, named "cuda" and timed by events: the better of reading 1 GiB and copying it, and an 8192³ product of
+    normal numbers (a product of equal numbers flips fewer bits, draws less power and runs faster than any real one).
     """
 
     device: torch.device
@@ -91,10 +104,16 @@ class Probe:
             if cpu.unavailable(self.device) is None:
                 self._native, self.kind = cpu, "native"
                 self._buffer = torch.ones(_PROBE_BYTES, dtype=torch.uint8)
-        if self._native is None:
-            side = 8192 if self.device.type == "cuda" else 1024
+        if self.device.type == "cuda":
+            self.kind = "cuda"
+            self._buffer = torch.zeros(1 << 28, dtype=torch.float32, device=self.device)
+            self._copy = torch.empty_like(self._buffer)
+            self._sum = torch.empty((), dtype=torch.float32, device=self.device)
+            self._matrix = torch.randn(8192, 8192, device=self.device).to(self.dtype)
+            self._product = torch.empty_like(self._matrix)
+        elif self._native is None:
             self._buffer = torch.zeros(_PROBE_BYTES // 4, dtype=torch.float32, device=self.device)
-            self._matrix = torch.ones(side, side, dtype=self.dtype, device=self.device)
+            self._matrix = torch.ones(1024, 1024, dtype=self.dtype, device=self.device)
 
     def sample(self) -> None:
         """Measure both once more."""
@@ -103,21 +122,33 @@ class Probe:
             self.bandwidths.append(self._native.probe_bandwidth(0, self._buffer))  # type: ignore[attr-defined]
             self.peaks.append(self._native.probe_peak(name, self.seconds))  # type: ignore[attr-defined]
             return
-        cuda = self.device.type == "cuda"
-        moved = _PROBE_BYTES * (2 if cuda else 1)
-        move = self._buffer.clone if cuda else self._buffer.sum
-        self.bandwidths.append(moved / self._time(move) / 1e9)
-        self.peaks.append(2 * self._matrix.shape[0] ** 3 / self._time(lambda: self._matrix @ self._matrix) / 1e9)
+        size = self._buffer.numel() * 4
+        if self.device.type == "cuda":
+            read = size / self._time(lambda: torch.sum(self._buffer, dim=0, out=self._sum))
+            copied = 2 * size / self._time(lambda: self._copy.copy_(self._buffer))
+            self.bandwidths.append(max(read, copied) / 1e9)
+            multiply = self._time(lambda: torch.mm(self._matrix, self._matrix, out=self._product))
+        else:
+            self.bandwidths.append(size / self._time(self._buffer.sum) / 1e9)
+            multiply = self._time(lambda: self._matrix @ self._matrix)
+        self.peaks.append(2 * self._matrix.shape[0] ** 3 / multiply / 1e9)
 
     def _time(self, call: Callable[[], Tensor]) -> float:
+        """Seconds, the least of three after one call that is not counted."""
         call()
         times: list[float] = []
         while len(times) < 3:
-            synchronize(self.device)
-            start = time.perf_counter()
+            if self.device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call()
+                end.record()
+                torch.cuda.synchronize(self.device)
+                times.append(start.elapsed_time(end) / 1e3)
+                continue
+            begin = time.perf_counter()
             call()
-            synchronize(self.device)
-            times.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - begin)
         return min(times)
 
     def reset(self) -> None:

@@ -5,7 +5,8 @@ Where a backward is measured, every provider's peak memory is taken in a call of
 Bandwidth and peak are probed before, between (every `PROBE_EVERY` seconds) and after the rounds of a case; the floor
 uses the medians. Providers run in the order of their list, which is the order of the rows; within a round each takes
 another draw, so that none finds its expert weights in the cache because the one before it has just read them, and over
-the rounds all see the same draws. The router's projection is one of many equal copies, more than the cache holds.
+the rounds all see the same draws. The router's projection is one of many equal copies, more than the cache holds. How
+a call is timed on a GPU, from a cold L2 and without the host's launches, is written in `timing.py`.
 """
 
 import functools
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from . import checks
 from .floors import Probe, synchronize, work
+from .lowbit import LOW_BIT_OPS
 from .memory import peak_bytes
-from .providers import FORWARD_OPS, NAMES, OPS, OURS, OURS_INPUT, REFERENCE, Missing, Provider, build
+from .providers import EXTRA_OPS, FORWARD_OPS, NAMES, OPS, OURS, OURS_INPUT, REFERENCE, ROUTES, Missing, Provider, build
+from .timing import Elapsed, stopwatch
 from .training import TRAINING_OPS
 from .workloads import MODES, TRUE_SHAPE, Draw, Layer, Shape
 
@@ -57,10 +60,11 @@ class Settings:
     seconds: float = 6.0
     min_rounds: int = 7
     max_rounds: int = 200
+    draws: int = DRAWS
 
     def __post_init__(self) -> None:
         for name, values, known in (
-            ("op", self.ops, OPS),
+            ("op", self.ops, (*OPS, *EXTRA_OPS)),
             ("mode", self.modes, MODES),
             ("mode", self.training_modes, MODES),
             ("provider", self.providers, NAMES),
@@ -80,7 +84,7 @@ class Settings:
             modes, counts = self.modes, self.tokens
             if op in TRAINING_OPS:
                 modes, counts = self.training_modes, self.training_tokens
-            found += [(op, mode, tokens) for mode in (modes[:1] if op == "route" else modes) for tokens in counts]
+            found += [(op, mode, tokens) for mode in (modes[:1] if op in ROUTES else modes) for tokens in counts]
         return found
 
 
@@ -101,7 +105,7 @@ def run(
         probe: of bandwidth and peak; tests pass a constant one.
 
     Returns:
-        one row per case and provider; see `_row`.
+        one row per case and provider; see `timed_row`.
 
     Raises:
         MemoryError: the layer does not fit in memory.
@@ -129,8 +133,8 @@ def measure(
     settings: Settings,
 ) -> list[Row]:
     """Check and time the providers of one case; rows with their floor and ratios."""
-    draws = list(layer.draws(mode, tokens, DRAWS))
-    routed = op in ("route", "block")
+    draws = list(layer.draws(mode, tokens, settings.draws))
+    routed = op in (*ROUTES, "block")
     copies = projection_copies(layer.projection(mode), layer.device) if routed else [layer.projection(mode)]
     status: dict[str, tuple[str, str]] = {}
     error: dict[str, dict[str, float]] = {}
@@ -144,6 +148,8 @@ def measure(
             status[provider.name] = ("missing", provider.reason)
         elif reason := provider.skipped(tokens):
             status[provider.name] = ("skipped", reason)
+        elif provider.wrong:
+            status[provider.name] = ("wrong", provider.wrong)
         else:
             error[provider.name], crash = _checked(op, layer, provider, draws[0], copies[0], expected, picked)
             if crash:
@@ -155,29 +161,40 @@ def measure(
                     peaks[provider.name] = peak_bytes(functools.partial(provider.call, draws[0]), layer.device)
             else:
                 status[provider.name] = ("wrong", provider.note or "its error is more than twice transformers' eager")
-    times = _interleaved(ready, draws, copies, probe, settings)
+    calls = _interleaved(ready, draws, copies, probe, settings)
+    times = {name: [call.ms for call in found] for name, found in calls.items()}
     works = [work(op, layer.shape, draw, layer.dtype) for draw in draws]
     floor = statistics.median(each.floor_ms(probe.bandwidth, probe.peak) for each in works)
     case = {"op": op, "mode": mode, "tokens": tokens} | setting(layer.shape, layer.dtype)
     case |= {
-        "floor_ms": _digits(floor),
+        "floor_ms": digits(floor),
         "bound": works[0].bound(probe.bandwidth, probe.peak),
-        "bandwidth_gb_s": _digits(probe.bandwidth),
-        "peak_gflop_s": _digits(probe.peak),
+        "bandwidth_gb_s": digits(probe.bandwidth),
+        "peak_gflop_s": digits(probe.peak),
         "probe": probe.kind,
-        "eager_error": _digits(max(eager.values())),
+        "eager_error": digits(max(eager.values())),
     }
     rows: list[Row] = [
-        case | _row(provider.name, status[provider.name], error.get(provider.name), times.get(provider.name), floor)
+        case
+        | timed_row(provider.name, status[provider.name], error.get(provider.name), times.get(provider.name), floor)
         for provider in built
     ]
     for row in rows:
+        host = [call.host_ms for call in calls.get(row["provider"], []) if call.host_ms is not None]
+        if settings.device.type == "cuda":
+            row["host_ms"] = digits(statistics.median(host)) if host else None
+            row["tflops"] = digits(works[0].flops / row["p50_ms"] / 1e9) if row["p50_ms"] else None
         if op in TRAINING_OPS:
             peak = peaks.get(row["provider"])
-            row["peak_mb"] = None if peak is None else _digits(peak / 1e6)
+            row["peak_mb"] = None if peak is None else digits(peak / 1e6)
+    return against_the_best_peer(rows)
+
+
+def against_the_best_peer(rows: list[Row]) -> list[Row]:
+    """The rows of one case, each with the best correct peer's time over its own."""
     best = min((row["p50_ms"] for row in rows if is_peer(row) and row["p50_ms"]), default=None)
     for row in rows:
-        row["best_peer_over_this"] = _digits(best / row["p50_ms"]) if best and row["p50_ms"] else None
+        row["best_peer_over_this"] = digits(best / row["p50_ms"]) if best and row["p50_ms"] else None
     return rows
 
 
@@ -191,16 +208,17 @@ def is_peer(row: Row) -> bool:
     return row["provider"] not in (OURS, OURS_INPUT, REFERENCE) and row["status"] == "ok"
 
 
-def _row(
+def timed_row(
     name: str, status: tuple[str, str], error: dict[str, float] | None, times: list[float] | None, floor: float
 ) -> Row:
+    """What a row says of one provider: its status with a note, its worst error, percentiles, ratio to the floor."""
     row: Row = {"provider": name, "status": status[0], "note": status[1], "error": None, "rounds": len(times or [])}
     if error:
         worst = max(error.values())
-        row["error"] = _digits(worst) if math.isfinite(worst) else "inf"
+        row["error"] = digits(worst) if math.isfinite(worst) else "inf"
     for key, percent in (("p20_ms", 20), ("p50_ms", 50), ("p80_ms", 80)):
-        row[key] = _digits(percentile(times, percent)) if times else None
-    row["over_floor"] = _digits(row["p50_ms"] / floor) if times else None
+        row[key] = digits(percentile(times, percent)) if times else None
+    row["over_floor"] = digits(row["p50_ms"] / floor) if times else None
     return row
 
 
@@ -224,9 +242,10 @@ def _checked(
 
 def _interleaved(
     ready: list[Provider], draws: list[Draw], copies: list[Tensor], probe: Probe, settings: Settings
-) -> dict[str, list[float]]:
-    """Milliseconds of every call by provider."""
-    times: dict[str, list[float]] = {provider.name: [] for provider in ready}
+) -> dict[str, list[Elapsed]]:
+    """The time of every call by provider."""
+    times: dict[str, list[Elapsed]] = {provider.name: [] for provider in ready}
+    watch = stopwatch(settings.device)
     probe.reset()
     probe.sample()
     start = probed = time.perf_counter()
@@ -242,30 +261,16 @@ def _interleaved(
                 draw = draws[(turn + place * max(1, len(draws) // len(ready))) % len(draws)]
                 provider.prepare(copies[calls % len(copies)])
                 calls += 1
-                times[provider.name].append(_time(provider, draw, settings.device))
+                times[provider.name].append(watch(provider.name, functools.partial(provider.call, draw)))
             if time.perf_counter() - probed > PROBE_EVERY:
                 probe.sample()
                 probed = time.perf_counter()
         probe.sample()
     finally:
         gc.enable()
+    if settings.device.type == "cuda":  # in the first call the host's time to launch it was a guess
+        times = {name: found[1:] if len(found) > 3 else found for name, found in times.items()}
     return times
-
-
-def _time(provider: Provider, draw: Draw, device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        provider.call(draw)
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    result = provider.call(draw)
-    elapsed = time.perf_counter() - begin
-    del result  # giving back a layer's gradient takes time that is not the call's
-    return elapsed * 1e3
 
 
 def percentile(values: list[float], percent: float) -> float:
@@ -292,9 +297,9 @@ def need_memory(shape: Shape, dtype: torch.dtype, device: torch.device, ops: Col
     """Raise MemoryError, in one sentence, unless the layer and its peers' copies fit.
 
     batched_mm copies about a layer; a backward of transformers or PEFT makes up to three: a merged weight, its
-    gradient, and one of them again.
+    gradient, and one of them again; for 8-bit experts there are half a layer of them, and a layer dequantised.
     """
-    layers = 5 if set(ops) & set(TRAINING_OPS) else 2
+    layers = 5 if set(ops) & set(TRAINING_OPS) else 4 if set(ops) & set(LOW_BIT_OPS) else 2
     need = layers * shape.layer_bytes(dtype) + (1 << 30)
     free = available_memory(device)
     if free is not None and free < need:
@@ -315,7 +320,7 @@ def available_memory(device: torch.device) -> int | None:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _digits(value: float) -> float:
+def digits(value: float) -> float:
     """Five significant digits: rows stay readable and reproduce exactly."""
     return float(f"{value:.5g}")
 

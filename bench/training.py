@@ -7,9 +7,11 @@
 
 One call is a forward and a backward; the gradient of the output is `draw.hidden`. A provider returns "out" and one
 gradient per input, by name. In the LoRA operations every provider runs under the same PEFT modules (`ParamWrapper`
-around transformers' Gemma4TextExperts); only the experts implementation differs.
+around transformers' Gemma4TextExperts); only the experts implementation differs. Where PEFT is not installed, ours is
+given the factors and the others a merged weight, made as PEFT makes it.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -38,9 +40,9 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Adapter:
-    """PEFT's LoRA on both projections of a layer's experts, shared by all providers."""
+    """LoRA on both projections of a layer's experts, PEFT's if it is installed, shared by all providers."""
 
-    experts: nn.Module  # nested ParamWrappers
+    experts: nn.Module  # nested ParamWrappers; without PEFT the bare experts
     config: Any  # of the Gemma4TextExperts inside: names the experts implementation
     parameters: dict[str, nn.Parameter]  # lora_A [r * E, in] expert-major, lora_B [out, r * E] rank-major, float32
 
@@ -63,6 +65,8 @@ def calls(op: str, layer: Layer, name: str, backend: str) -> tuple[Callable[[Dra
     save, patch = OURS_SAVE.get(name), _fallback if name == FALLBACK else nullcontext
     if op in RANKS:
         adapter = adapted(layer, RANKS[op])
+        if not uses_peft():
+            return _patched(_without_peft(layer, adapter, name, backend), adapter.parameters, patch), lambda: None
 
         def switch() -> None:
             omnigene_fast.restore(adapter.experts)
@@ -125,10 +129,29 @@ def stock_experts(layer: Layer, implementation: str, experts: int | None = None)
     return module.eval()
 
 
+def uses_peft() -> bool:
+    """Whether PEFT is installed."""
+    return importlib.util.find_spec("peft") is not None
+
+
 def _adapter(layer: Layer, rank: int) -> Adapter:
+    experts = stock_experts(layer, "grouped_mm")
+    factors, wrapped = _peft_factors(experts, rank) if uses_peft() else (_bare_factors(layer, rank), experts)
+    generator = torch.Generator().manual_seed(rank)
+    parameters: dict[str, nn.Parameter] = {}
+    for name, weight in factors:
+        # An update of a fraction of the weights; in values of the layer's dtype, to which PEFT casts them.
+        spread = weight.shape[1] ** -0.5 if name.endswith("_A") else 2**-8
+        drawn = torch.randn(weight.shape, generator=generator) * spread
+        weight.data.copy_(drawn.to(layer.dtype))
+        parameters[name] = weight
+    return Adapter(wrapped, experts.config, parameters)
+
+
+def _peft_factors(experts: Any, rank: int) -> tuple[list[tuple[str, nn.Parameter]], nn.Module]:
     from peft import LoraConfig, get_peft_model
 
-    holder, experts = nn.Module(), stock_experts(layer, "grouped_mm")
+    holder = nn.Module()
     holder.experts = experts
     lora = LoraConfig(
         r=rank,
@@ -137,18 +160,70 @@ def _adapter(layer: Layer, rank: int) -> Adapter:
         target_modules=[],
     )
     wrapped = get_peft_model(holder, lora).base_model.model.experts
-    generator = torch.Generator().manual_seed(rank)
-    parameters: dict[str, nn.Parameter] = {}
+    factors = []
     for module in wrapped.modules():
         if name := getattr(module, "parameter_name", None):
             for letter, factor in (("A", module.lora_A), ("B", module.lora_B)):
-                weight = factor["default"].weight
-                # An update of a fraction of the weights; in values of the layer's dtype, to which PEFT casts them.
-                spread = weight.shape[1] ** -0.5 if letter == "A" else 2**-8
-                drawn = torch.randn(weight.shape, generator=generator) * spread
-                weight.data.copy_(drawn.to(layer.dtype))
-                parameters[f"{name.removesuffix('_proj')}_{letter}"] = weight
-    return Adapter(wrapped, experts.config, parameters)
+                factors.append((f"{name.removesuffix('_proj')}_{letter}", factor["default"].weight))
+    return factors, wrapped
+
+
+def _bare_factors(layer: Layer, rank: int) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of the shapes that PEFT gives them."""
+    factors = []
+    for name, projection in (("down", layer.down), ("gate_up", layer.gate_up)):  # PEFT's outermost wrapper first
+        E, rows, columns = projection.shape
+        for letter, shape in (("A", (rank * E, columns)), ("B", (rows, rank * E))):
+            factors.append((f"{name}_{letter}", nn.Parameter(torch.empty(shape, device=layer.device))))
+    return factors
+
+
+def _without_peft(layer: Layer, adapter: Adapter, name: str, backend: str) -> Forward:
+    """The experts with the adapter's factors: given to our operator, or merged for transformers' module."""
+    E = layer.shape.E
+
+    def factors(projection: str) -> tuple[Tensor, Tensor]:
+        rows, columns = adapter.parameters[f"{projection}_B"], adapter.parameters[f"{projection}_A"]
+        lhs = rows.view(len(rows), -1, E).permute(2, 0, 1)  # [out, r * E], rank-major
+        return (SCALING * lhs).to(layer.dtype), columns.view(E, -1, columns.shape[-1]).to(layer.dtype)
+
+    if save := OURS_SAVE.get(name):
+
+        def ours(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            return ops.expert_mlp(
+                hidden,
+                layer.gate_up,
+                layer.down,
+                index,
+                weights,
+                activation="gelu_tanh",
+                gate_up_lora=factors("gate_up"),
+                down_lora=factors("down"),
+                save=save,
+                backend=backend,
+            )
+
+        return ours
+    module = stock_experts(layer, STOCK[name])
+
+    def merged(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        matrices = {
+            f"{projection}_proj": torch.baddbmm(weight, *factors(projection))
+            for projection, weight in (("gate_up", layer.gate_up), ("down", layer.down))
+        }
+        return torch.func.functional_call(module, matrices, (hidden, index, weights))
+
+    return merged
+
+
+def patched(call: Callable[[Draw], Any]) -> Callable[[Draw], Any]:
+    """`call` with transformers' grouped_mm on its fallback."""
+
+    def inner(draw: Draw) -> Any:
+        with _fallback():
+            return call(draw)
+
+    return inner
 
 
 def _patched(

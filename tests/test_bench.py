@@ -295,7 +295,7 @@ def test_short_memory_is_one_sentence(monkeypatch):
     [
         ({"ops": ("rout",)}, "op: expected some of route"),
         ({"modes": ()}, "mode: expected some of uniform"),
-        ({"providers": ("vllm",)}, "provider: expected some of omnigene_fast"),
+        ({"providers": ("nobody",)}, "provider: expected some of omnigene_fast"),
         ({"tokens": (0,)}, "tokens: expected numbers >= 1"),
         ({"training_tokens": ()}, "tokens: expected numbers >= 1"),
         ({"training_modes": ("skewed",)}, "mode: expected some of uniform"),

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Everything that one GPU can tell about this checkout, in at most nine minutes; offline; called again, it goes on.
+#
+#   bench/gpu_suite.sh --out DIR [--total SECONDS] [--steps "a b c"] [--device cuda|cpu] [--tiny] [--retry]
+#
+# What the steps are, and what they leave in DIR, is written in bench/gpu_suite/__init__.py. PYTHON names the interpreter.
+set -u
+
+# The step and its seconds, what matters most first. "summary" is written anew by every call.
+STEPS="environment:20 correctness:45 tests:90 table:150 decode:30 repeat:20 capture:40 model:45 sanitizer:40 tune:30"
+SUMMARY_SECONDS=15
+
+usage() { sed -n '2,6p' "$0" | cut -c3-; }
+
+out="" total=540 device=cuda tiny="" retry="" only=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --out) out="${2:-}"; shift 2 ;;
+        --total) total="${2:-}"; shift 2 ;;
+        --steps) only="${2:-}"; shift 2 ;;
+        --device) device="${2:-}"; shift 2 ;;
+        --tiny) tiny="--tiny"; shift ;;
+        --retry) retry=1; shift ;;
+        -h | --help) usage; exit 0 ;;
+        *) echo "gpu_suite.sh: expected --out, --total, --steps, --device, --tiny or --retry, got $1" >&2; exit 2 ;;
+    esac
+done
+[ -n "$out" ] || { echo "gpu_suite.sh: --out: expected a directory" >&2; usage >&2; exit 2; }
+case "$total" in '' | *[!0-9]*) echo "gpu_suite.sh: --total: expected seconds, got '$total'" >&2; exit 2 ;; esac
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || exit 1
+mkdir -p "$out/status" "$out/logs" || exit 1
+out="$(cd "$out" && pwd)" || exit 1
+cd "$root" || exit 1
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+python="${PYTHON:-}"
+[ -n "$python" ] || { [ -x "$root/.venv/bin/python" ] && python="$root/.venv/bin/python" || python=python3; }
+
+over() { grep -Eqs '"state": "(ok|failed|missing|out of time)"' "$out/status/$1.json"; }
+
+run_step() { # step, seconds, further options
+    local step="$1" seconds="$2"
+    shift 2
+    # The step limits itself; `timeout` is for a call into the driver that never comes back.
+    timeout -k 5 $((seconds + 10)) "$python" -m omnigene_fast.bench.gpu_suite "$step" --out "$out" --device "$device" \
+        --budget "$seconds" ${tiny:+"$tiny"} "$@" >>"$out/logs/$step.log" 2>&1
+    local code=$?
+    [ $code -eq 0 ] || echo "$step: ended with status $code" | tee -a "$out/logs/$step.log"
+    tail -n 1 "$out/logs/$step.log"
+}
+
+if [ -n "$retry" ]; then
+    for entry in $STEPS; do
+        step="${entry%%:*}"
+        grep -Eqs '"state": "ok"' "$out/status/$step.json" ||
+            rm -f "$out/status/$step.json" "$out/status/$step.tries.json" "$out/$step.json" "$out/rows/$step.problems.json"
+    done
+fi
+for entry in $STEPS; do
+    step="${entry%%:*}" seconds="${entry##*:}"
+    case " ${only:-$step} " in *" $step "*) ;; *) continue ;; esac
+    over "$step" && continue
+    left=$((total - SUMMARY_SECONDS - SECONDS))
+    [ "$left" -ge 12 ] || { echo "time is up: call again to go on with $step"; break; }
+    if [ "$left" -lt "$seconds" ]; then
+        run_step "$step" "$left" --cut-short
+    else
+        run_step "$step" "$seconds"
+    fi
+done
+rm -f "$out/status/summary.json"
+run_step summary "$SUMMARY_SECONDS"
+echo "$SECONDS s; summary: $out/summary.md"

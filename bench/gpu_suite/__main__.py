@@ -1,0 +1,81 @@
+"""One step of the suite: `python -m omnigene_fast.bench.gpu_suite STEP --out DIR`."""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# Each step is a module with a function `run(context)`. Their order and time budgets stand in `bench/gpu_suite.sh`.
+STEPS = {
+    "environment": "environment",
+    "correctness": "correctness",
+    "tests": "gpu_tests",
+    "table": "table",
+    "decode": "decode",
+    "repeat": "repeat",
+    "capture": "capture",
+    "model": "model",
+    "sanitizer": "sanitizer",
+    "tune": "tuning",
+    "summary": "summary",
+}
+
+
+def step(name: str) -> Callable[..., str | None]:
+    """The function of step `name`; imported late, so that a broken one is that step's failure."""
+    return importlib.import_module(f".{STEPS[name]}", __package__).run
+
+
+def process_age() -> float:
+    """Seconds since this process began: importing torch and transformers counts as the step's time."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a step; the exit status is 0 unless the arguments are wrong: a step's outcome is in its status file."""
+    started = time.monotonic() - (process_age() if arguments is None else 0.0)
+    parser = argparse.ArgumentParser(prog="python -m omnigene_fast.bench.gpu_suite", description=__doc__)
+    parser.add_argument("step", choices=[*STEPS, "predict"])
+    parser.add_argument("--out", type=Path, help="directory for everything that is written")
+    parser.add_argument("--device", default="cuda", help="cuda[:N], or cpu; default: cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: the logic, not the machine")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds that the step may take; default: 120")
+    parser.add_argument("--cut-short", action="store_true", help="the budget is less than the step is meant to have")
+    options = parser.parse_args(arguments)
+    if options.step == "predict":
+        from .predict import main as predict
+
+        predict(options.out)
+        return 0
+    if options.out is None:
+        parser.error("--out: expected a directory.")
+
+    import torch
+
+    from . import status
+
+    context = status.Context(
+        options.out, torch.device(options.device), options.tiny, options.budget, not options.cut_short, started
+    )
+
+    def function(context: status.Context) -> str | None:
+        if context.device.type == "cuda" and options.step != "summary" and not torch.cuda.is_available():
+            raise status.MissingTool("torch finds no CUDA GPU")
+        return step(options.step)(context)
+
+    status.run(context, options.step, function)
+    if context.lost and arguments is None:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "omnigene_fast.bench.gpu_suite", *sys.argv[1:]])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
