@@ -7,6 +7,7 @@
 namespace omnigene {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Stored : int { like_hidden = 0, i8 = 1, e4m3 = 2 };  // how projections stand in memory
 enum class Activation : int { gelu_tanh = 0, gelu = 1, silu = 2 };
 
 // A low-rank update W + lhs rhs of a projection [E, out, in]; rank 0: none.
@@ -25,11 +26,13 @@ struct ExpertArgs {
   int64_t down_expert_stride, down_row_stride;
   const int64_t* index;  // [T, K] contiguous, checked; an id >= E contributes nothing
   const float* weights;  // [T, K] contiguous
+  Stored stored;                       // i8, e4m3: a weight is the stored number times the scale of its row
+  const float *gate_up_scale, *down_scale;  // [E, 2I] and [E, H] contiguous, or null
   LoraArgs gate_up_lora, down_lora;
   void* out;            // [T, H] contiguous, or null: only the pre-activation is wanted
   void* preactivation;  // [T * K, 2I] by pick, or null
   int64_t T, K, E, H, I;
-  Dtype dtype;  // of every tensor but index and weights
+  Dtype dtype;  // of every tensor but index, weights and stored projections
   Activation activation;
   int threads;
 };
@@ -40,7 +43,7 @@ struct ExpertGradArgs {
   const void* grad_out;  // [T, H], row stride grad_out_stride
   int64_t grad_out_stride;
   const void* preactivation;  // [T * K, 2I] by pick
-  void *d_hidden, *d_gate_up, *d_down;
+  void *d_hidden, *d_gate_up, *d_down;  // the latter two null where projections are stored in 8 bits
   float* d_weights;  // [T, K]
   void *d_gate_up_lhs, *d_gate_up_rhs, *d_down_lhs, *d_down_rhs;
 };

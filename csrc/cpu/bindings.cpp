@@ -28,14 +28,16 @@ void check_ids(const int64_t* ids, int64_t count, int64_t E, bool expert_paralle
                             "; pass expert_parallel=True if ids >= E are sentinels of other ranks.");
 }
 
-// (hidden, row stride), (gate_up, expert stride, row stride), (down, ...), index, weights, (lhs, rhs, rank) twice
+// (hidden, row stride), (gate_up, expert stride, row stride), (down, ...), index, weights, (lhs, rhs, rank) twice, scales
 using Rows = std::tuple<uintptr_t, int64_t>;
 using Projection = std::tuple<uintptr_t, int64_t, int64_t>;
 using Lora = std::tuple<uintptr_t, uintptr_t, int64_t>;
+using Scales = std::tuple<int, uintptr_t, uintptr_t>;  // how the projections are stored, the scales of gate_up and down
 
 ExpertArgs expert_args(Rows hidden, Projection gate_up, Projection down, uintptr_t index, uintptr_t weights,
-                       Lora gate_up_lora, Lora down_lora, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> sizes,
-                       int dtype, int activation, int threads) {
+                       Lora gate_up_lora, Lora down_lora, Scales scales,
+                       std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> sizes, int dtype, int activation,
+                       int threads) {
   auto lora = [](Lora from) {
     return LoraArgs{at<const void>(std::get<0>(from)), at<const void>(std::get<1>(from)), std::get<2>(from)};
   };
@@ -50,6 +52,9 @@ ExpertArgs expert_args(Rows hidden, Projection gate_up, Projection down, uintptr
   args.weights = at<const float>(weights);
   args.gate_up_lora = lora(gate_up_lora);
   args.down_lora = lora(down_lora);
+  args.stored = Stored(std::get<0>(scales));
+  args.gate_up_scale = at<const float>(std::get<1>(scales));
+  args.down_scale = at<const float>(std::get<2>(scales));
   std::tie(args.T, args.K, args.E, args.H, args.I) = sizes;
   args.dtype = Dtype(dtype);
   args.activation = Activation(activation);

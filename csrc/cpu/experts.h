@@ -96,7 +96,8 @@ class ExpertMlp {
 
  public:
   explicit ExpertMlp(const ExpertArgs& args)
-      : g_(args), layout_(args.I), up_layout_(args.gate_up_lora.rank), down_layout_(args.down_lora.rank) {}
+      : g_(args), gate_up_(gate_up_of(args)), down_(down_of(args)), layout_(args.I),
+        up_layout_(args.gate_up_lora.rank), down_layout_(args.down_lora.rank) {}
 
   // With out == nullptr only the pre-activation is computed.
   void run() {
@@ -180,7 +181,9 @@ class ExpertMlp {
   }
   int64_t panel_bytes() const { return round_up(ceil_div(g_.H, M::PER_UNIT) * max_pass<M>() * 4, 64); }
   int64_t rows_bytes() const { return std::is_same_v<X, Activation> ? 0 : round_up(DOT_MAX * g_.H * 4, 64); }
-  int64_t wide_bytes() const { return M::CONVERT ? round_up(ROWS * longest() * 4, 64) : 0; }
+  int64_t wide_bytes() const {
+    return M::CONVERT || g_.stored != Stored::like_hidden ? round_up(ROWS * longest() * int64_t(sizeof(Activation)), 64) : 0;
+  }
   int64_t workspace_bytes() const {
     return panel_bytes() + rows_bytes() + wide_bytes() + round_up(ROWS * longest() * int64_t(sizeof(Weight)), 64);
   }
@@ -231,23 +234,31 @@ class ExpertMlp {
     }
   }
 
-  const Weight* gate_rows(int64_t expert) const {
-    return static_cast<const Weight*>(g_.gate_up) + expert * g_.gate_up_expert_stride;
-  }
-  const Weight* down_rows(int64_t expert) const {
-    return static_cast<const Weight*>(g_.down) + expert * g_.down_expert_stride;
-  }
-
   // x times two runs of `live` rows of a weight, added to the block or in place of it.
-  void multiply_runs(Workspace& ws, const Tokens<M>& x, const Weight* a, const Weight* b, int64_t stride, int64_t live_a,
-                     int64_t live_b, int half, const Weight* next_a, const Weight* next_b, bool add) const {
+  template <class S>
+  void multiply_runs(Workspace& ws, const Tokens<M>& x, const S* a, const S* b, int64_t stride, int64_t live_a,
+                     int64_t live_b, int half, const void* next_a, const void* next_b, bool add) const {
     if (live_a < half || live_b < half) {
-      a = pad_rows(a, stride, live_a, half, x.count, ws.tail);
-      b = pad_rows(b, stride, live_b, half, x.count, ws.tail + half * x.count);
+      S* tail = reinterpret_cast<S*>(ws.tail);
+      a = pad_rows(a, stride, live_a, half, x.count, tail);
+      b = pad_rows(b, stride, live_b, half, x.count, tail + half * x.count);
       stride = x.count;
       next_a = next_b = nullptr;
     }
     multiply_block<M>(x, a, b, stride, half, next_a, next_b, ws.wide, ws.block, add);
+  }
+
+  // The same for rows ra and rb, and on, of an expert's projection, and their scales.
+  void multiply_projection(Workspace& ws, const Tokens<M>& x, const Projection& p, int64_t expert, int64_t ra, int64_t rb,
+                           int64_t live_a, int64_t live_b, int half, const char* next_a, const char* next_b) const {
+    const char *a = p.at(expert, ra), *b = p.at(expert, rb);
+    with_stored<Weight>(p.stored, [&](auto* type) {
+      using S = const std::remove_pointer_t<decltype(type)>*;
+      multiply_runs(ws, x, reinterpret_cast<S>(a), reinterpret_cast<S>(b), p.row / p.element, live_a, live_b, half, next_a,
+                    next_b, false);
+    });
+    if (p.scale)
+      scale_block(ws.block, x.split, p.unit(), p.scale_of(expert, ra), live_a, p.scale_of(expert, rb), live_b);
   }
 
   // x rhs^T of a pass, where x are its tokens or its h.
@@ -272,17 +283,16 @@ class ExpertMlp {
     load_tokens(ws, which);
     const Pass& pass = picks_.pass[which];
     const Tokens<M> h = layout_.tokens(ws.tokens.split, h_ + place_[which].h, I);
-    const Weight* gate = gate_rows(pass.expert);
-    const int64_t stride = g_.gate_up_row_stride, rank = g_.gate_up_lora.rank;
+    const int64_t rank = g_.gate_up_lora.rank;
     for (int64_t b = first; b < last; ++b) {
       const int64_t i0 = b * HALF, live = smaller(I - i0, HALF);
       const int half = live < HALF ? int(round_up(live, 8)) : HALF;
-      const Weight *a = gate + i0 * stride, *next_a = nullptr;
-      if (b + 1 < last) next_a = a + HALF * stride;
+      const char* next_a = nullptr;
+      if (b + 1 < last) next_a = gate_up_.at(pass.expert, i0 + HALF);
       else if (next >= 0)
-        next_a = gate_rows(picks_.pass[next / per_pass].expert) + next % per_pass * UP_BLOCKS * HALF * stride;
-      multiply_runs(ws, ws.tokens, a, a + I * stride, stride, live, live, half, next_a,
-                    next_a ? next_a + I * stride : nullptr, false);
+        next_a = gate_up_.at(picks_.pass[next / per_pass].expert, next % per_pass * UP_BLOCKS * HALF);
+      multiply_projection(ws, ws.tokens, gate_up_, pass.expert, i0, I + i0, live, live, half, next_a,
+                          next_a ? next_a + I * gate_up_.row : nullptr);
       if (rank) {
         const Weight* lhs = static_cast<const Weight*>(g_.gate_up_lora.lhs) + (pass.expert * 2 * I + i0) * rank;
         const Tokens<M> u = up_layout_.tokens(ws.tokens.split, u_ + place_[which].u, rank);
@@ -313,19 +323,17 @@ class ExpertMlp {
     const Pass& pass = picks_.pass[which];
     const Split split(pass.n);
     const Tokens<M> h = layout_.tokens(split, h_ + place_[which].h, g_.I);
-    const Weight* weights = down_rows(pass.expert);
-    const int64_t stride = g_.down_row_stride, rank = g_.down_lora.rank;
+    const int64_t rank = g_.down_lora.rank;
     for (int64_t b = first; b < last; ++b) {
       const int64_t n0 = b * ROWS, live = smaller(H - n0, ROWS);
-      const Weight *a = weights + n0 * stride, *next_a = nullptr;
-      if (b + 1 < last) next_a = a + ROWS * stride;
+      const char* next_a = nullptr;
+      if (b + 1 < last) next_a = down_.at(pass.expert, n0 + ROWS);
       else if (next >= 0)
-        next_a = down_rows(picks_.pass[next / per_pass].expert) +
-                 (slab_first + next % per_pass * DOWN_BLOCKS) * ROWS * stride;
+        next_a = down_.at(picks_.pass[next / per_pass].expert, (slab_first + next % per_pass * DOWN_BLOCKS) * ROWS);
       const int half = live < ROWS ? int(round_up(ceil_div(live, 2), 16)) : HALF;
       const int64_t live_a = smaller(live, half);
-      multiply_runs(ws, h, a, a + half * stride, stride, live_a, live - live_a, half, next_a,
-                    next_a ? next_a + HALF * stride : nullptr, false);
+      multiply_projection(ws, h, down_, pass.expert, n0, n0 + half, live_a, live - live_a, half, next_a,
+                          next_a ? next_a + HALF * down_.row : nullptr);
       if (rank) {
         const Weight* lhs = static_cast<const Weight*>(g_.down_lora.lhs) + (pass.expert * H + n0) * rank;
         const Tokens<M> v = down_layout_.tokens(split, v_ + place_[which].v, rank);
@@ -352,6 +360,7 @@ class ExpertMlp {
   }
 
   const ExpertArgs& g_;
+  const Projection gate_up_, down_;
   HiddenLayout<M> layout_, up_layout_, down_layout_;
   Picks picks_;
   Place* place_ = nullptr;

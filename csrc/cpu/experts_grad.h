@@ -23,7 +23,8 @@ class ExpertGrad {
   using Activation = typename M::Activation;
 
  public:
-  explicit ExpertGrad(const ExpertGradArgs& args) : g_(args), f_(args.forward) {}
+  explicit ExpertGrad(const ExpertGradArgs& args)
+      : g_(args), f_(args.forward), gate_up_(gate_up_of(args.forward)), down_(down_of(args.forward)) {}
 
   void run() {
     const int64_t TK = f_.T * f_.K, H = f_.H, I = f_.I;
@@ -190,11 +191,16 @@ class ExpertGrad {
   }
 
   const int64_t* picks_of(const Pass& pass) const { return picks_.order + pass.first; }
-  const Weight* down_weight(int64_t expert) const {
-    return static_cast<const Weight*>(f_.down) + expert * f_.down_expert_stride;
-  }
-  const Weight* gate_up_weight(int64_t expert) const {
-    return static_cast<const Weight*>(f_.gate_up) + expert * f_.gate_up_expert_stride;
+
+  // The panel times columns of an expert's projection, into ws.out; the same columns of another follow, or null.
+  void times_projection(Workspace& ws, const Projection& p, int64_t expert, int64_t first, int64_t live, const char* ahead,
+                        int64_t at) const {
+    const char* w = p.at(expert, 0, first);
+    with_stored<Weight>(p.stored, [&](auto* type) {
+      using S = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+      const Slab<S> slab = {reinterpret_cast<const S*>(w), p.row / p.element, p.rows, live, ahead, p.scale_of(expert, 0)};
+      times_rows<M>(ws.x, slab, ws.out, at, false, *ws.room);
+    });
   }
 
   template <class S>
@@ -274,9 +280,8 @@ class ExpertGrad {
     const Pass& pass = picks_.pass[which];
     load_grad_out(ws, which);
     for (int i = 0; i < pass.n; ++i) ws.out[i] = ws.sums + i * slab_;
-    const Weight* w = down_weight(pass.expert) + first;
-    const Weight* ahead = next < 0 ? nullptr : down_weight(picks_.pass[next / slabs_].expert) + next % slabs_ * slab_;
-    times_rows<M>(ws.x, Slab<Weight>{w, f_.down_row_stride, f_.H, live, ahead}, ws.out, 0, false, *ws.room);
+    const char* ahead = next < 0 ? nullptr : down_.at(picks_.pass[next / slabs_].expert, 0, next % slabs_ * slab_);
+    times_projection(ws, down_, pass.expert, first, live, ahead, 0);
     if (down_rank_) {
       ws.loaded = -1;
       load<Activation>(ws, pass, Source{g_lhs_, down_rank_, down_rank_, false});
@@ -339,14 +344,13 @@ class ExpertGrad {
     const Pass& pass = picks_.pass[which];
     load_d_pre(ws, which);
     for (int i = 0; i < pass.n; ++i) ws.out[i] = y + picks_of(pass)[i] * columns;
-    const Weight* w = gate_up_weight(pass.expert) + first;
     const int64_t step = pass.n <= FEW ? live : UP_COLUMNS;  // few tokens wait for memory, which likes whole rows
     for (int64_t c = 0; c < live; c += step) {
       const int64_t some = smaller(live - c, step);
-      const Weight* ahead = nullptr;
-      if (c + step < live) ahead = w + c + step;
-      else if (next >= 0) ahead = gate_up_weight(picks_.pass[next].expert) + first;
-      times_rows<M>(ws.x, Slab<Weight>{w + c, f_.gate_up_row_stride, 2 * f_.I, some, ahead}, ws.out, c, false, *ws.room);
+      const char* ahead = nullptr;
+      if (c + step < live) ahead = gate_up_.at(pass.expert, 0, first + c + step);
+      else if (next >= 0) ahead = gate_up_.at(picks_.pass[next].expert, 0, first);
+      times_projection(ws, gate_up_, pass.expert, first + c, some, ahead, c);
     }
     if (up_rank_) {
       ws.loaded = -1;
@@ -425,6 +429,7 @@ class ExpertGrad {
 
   const ExpertGradArgs& g_;
   const ExpertArgs& f_;
+  const Projection gate_up_, down_;
   Picks picks_;
   int64_t up_rank_ = 0, down_rank_ = 0, slabs_ = 0, slab_ = 0;
   bool want_pre_ = false;

@@ -135,13 +135,47 @@ struct Panel {
   int n;
 };
 
-// Rows and columns of W in one block, and what follows it: the same shape at `next`, or null.
+// Rows and columns of W in one block, and what follows it: the same shape at `next`, or null. `scale` of each row where
+// Weight is of 8 bits.
 template <class Weight>
 struct Slab {
   const Weight* w;
   int64_t stride, rows, columns;
-  const Weight* next;
+  const void* next;
+  const float* scale = nullptr;
 };
+
+// A strip of 8-bit rows, times their scales, as Strip::first would have staged it; zeros past the last column.
+template <class M, class S>
+inline void stage_strip(const S* w, int64_t stride, int64_t rows, int64_t columns, const float* scale, float* staged) {
+  using Activation = typename M::Activation;
+  for (int64_t k = 0; k < rows; k += M::PER_UNIT, staged += STRIP) {
+    alignas(64) Activation row[M::PER_UNIT][STRIP];
+    for (int i = 0; i < M::PER_UNIT; ++i) {
+      if (k + i == rows) {  // the last row has no partner
+        std::memset(static_cast<void*>(row[i]), 0, sizeof(row[i]));
+        continue;
+      }
+      const S* from = w + (k + i) * stride;
+      S part[STRIP] = {};
+      if (columns < STRIP) {
+        std::memcpy(part, from, columns * sizeof(S));
+        from = part;
+      }
+      const float factor = scale[k + i];
+      for (int j = 0; j < STRIP; j += W) store_rounded(row[i] + j, load_any(from + j) * unit_of<S> * factor);
+    }
+#if OMNIGENE_BF16
+    if constexpr (M::PAIRS) {
+      const __m512i a = _mm512_load_si512(row[0]), b = _mm512_load_si512(row[1]);
+      vstore(staged, (VF)_mm512_unpacklo_epi16(a, b));
+      vstore(staged + W, (VF)_mm512_unpackhi_epi16(a, b));
+    }
+#endif
+    if constexpr (!M::PAIRS)
+      for (int j = 0; j < STRIP; j += W) vstore(staged + j, vload(row[0] + j));
+  }
+}
 
 constexpr int64_t BLOCK_BYTES = 320 << 10;  // of a slab that a core holds in its second-level cache while tokens pass
 constexpr int64_t BLOCK_ROWS = 256;         // at most: a staged strip stays in the first-level cache
@@ -155,10 +189,9 @@ struct StripRoom {
 };
 
 // out[t][at : at + columns] (+)= tokens times the slab. Rows of `out` have room for whole strips.
-template <class M>
-inline void times_rows(const Panel& x, const Slab<typename M::Weight>& slab, float* const* out, int64_t at, bool add,
+template <class M, class Weight>
+inline void times_rows(const Panel& x, const Slab<Weight>& slab, float* const* out, int64_t at, bool add,
                        StripRoom<typename M::Weight>& room) {
-  using Weight = typename M::Weight;
   const int64_t strips = (slab.columns + STRIP - 1) / STRIP, rest = slab.columns % STRIP;
   const int groups = (x.n + MAX_GROUP - 1) / MAX_GROUP;
   const int64_t row_bytes = slab.columns * int64_t(sizeof(Weight)), stride_bytes = slab.stride * int64_t(sizeof(Weight));
@@ -169,7 +202,7 @@ inline void times_rows(const Panel& x, const Slab<typename M::Weight>& slab, flo
     const int64_t rows = rows_at(k);
     const Weight* w = slab.w + k * slab.stride;
     const bool last = k + block >= slab.rows;
-    const Weight* ahead = last ? slab.next : w + block * slab.stride;
+    const void* ahead = last ? slab.next : w + block * slab.stride;
     if (x.n <= FEW) {
       stream_in(w, row_bytes, stride_bytes, rows);
       ahead = nullptr;
@@ -179,7 +212,10 @@ inline void times_rows(const Panel& x, const Slab<typename M::Weight>& slab, flo
     for (int64_t s = 0; s < strips; ++s) {
       const Weight* strip = w + s * STRIP;
       int64_t stride = slab.stride;
-      if (rest && s == strips - 1) {
+      if constexpr (IS_STORED<Weight>) {
+        const int64_t live = rest && s == strips - 1 ? rest : STRIP;
+        stage_strip<M>(strip, stride, rows, live, slab.scale + k, room.staged);
+      } else if (rest && s == strips - 1) {
         for (int64_t r = 0; r < rows; ++r) {
           std::memset(static_cast<void*>(room.tail + r * STRIP), 0, STRIP * sizeof(Weight));
           std::memcpy(static_cast<void*>(room.tail + r * STRIP), strip + r * stride, rest * sizeof(Weight));
@@ -191,10 +227,15 @@ inline void times_rows(const Panel& x, const Slab<typename M::Weight>& slab, flo
         const int first = x.n * g / groups, tokens = x.n * (g + 1) / groups - first;
         const float* units = x.units + k / M::PER_UNIT * x.stride + first;
         auto group = [&](auto how) INLINE_LAMBDA {
-          rows_group<M, decltype(how)::value>(tokens, units, x.stride, strip, stride, rows, room.staged, out + first,
-                                              at + s * STRIP, add || k > 0, next);
+          if constexpr (IS_STORED<Weight>)  // all modes of float32 share these tiles
+            rows_group<typename M::Wide, decltype(how)::value>(tokens, units, x.stride, nullptr, 0, rows, room.staged,
+                                                               out + first, at + s * STRIP, add || k > 0, next);
+          else
+            rows_group<M, decltype(how)::value>(tokens, units, x.stride, strip, stride, rows, room.staged, out + first,
+                                                at + s * STRIP, add || k > 0, next);
         };
-        if (groups == 1) group(std::integral_constant<Strip, Strip::alone>{});
+        if constexpr (IS_STORED<Weight>) group(std::integral_constant<Strip, Strip::later>{});
+        else if (groups == 1) group(std::integral_constant<Strip, Strip::alone>{});
         else if (g == 0) group(std::integral_constant<Strip, Strip::first>{});
         else group(std::integral_constant<Strip, Strip::later>{});
       }

@@ -80,6 +80,43 @@ inline void for_each_task(int64_t* counter, int64_t tasks, F&& body) {
   }
 }
 
+// A projection of all experts as it stands in memory. Addresses are those of bytes, because a call's data decide what the
+// elements are.
+struct Projection {
+  const char* base;
+  int64_t expert, row;  // bytes from one to the next
+  int64_t element, rows;
+  Stored stored;
+  const float* scale;  // [E, rows], or null
+  const char* at(int64_t e, int64_t r, int64_t column = 0) const { return base + e * expert + r * row + column * element; }
+  const float* scale_of(int64_t e, int64_t r) const { return scale ? scale + e * rows + r : nullptr; }
+  float unit() const { return stored == Stored::e4m3 ? unit_of<e4m3> : 1.0f; }
+};
+
+inline int64_t element_size(const ExpertArgs& args) {
+  return args.stored != Stored::like_hidden ? 1 : args.dtype == Dtype::f32 ? 4 : 2;
+}
+inline Projection gate_up_of(const ExpertArgs& args) {
+  const int64_t size = element_size(args);
+  return {static_cast<const char*>(args.gate_up), args.gate_up_expert_stride * size, args.gate_up_row_stride * size, size,
+          2 * args.I, args.stored, args.gate_up_scale};
+}
+inline Projection down_of(const ExpertArgs& args) {
+  const int64_t size = element_size(args);
+  return {static_cast<const char*>(args.down), args.down_expert_stride * size, args.down_row_stride * size, size, args.H,
+          args.stored, args.down_scale};
+}
+
+// body(pointer) with the type in which a projection's elements stand.
+template <class Weight, class F>
+INLINE void with_stored(Stored stored, F&& body) {
+  switch (stored) {
+    case Stored::like_hidden: return body(static_cast<const Weight*>(nullptr));
+    case Stored::i8: return body(static_cast<const i8*>(nullptr));
+    case Stored::e4m3: return body(static_cast<const e4m3*>(nullptr));
+  }
+}
+
 // Rows past the end of a weight: copied beside zeros, so that every tile is whole.
 template <class Weight>
 inline const Weight* pad_rows(const Weight* w, int64_t stride, int64_t live, int64_t rows, int64_t count, Weight* room) {

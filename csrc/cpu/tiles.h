@@ -8,8 +8,6 @@
 //   dot tiles    one token at a time, W units of its row against W units of a weight row, lane-wise partial sums
 //                reduced at the end. For the few tokens that would leave lanes empty.
 #pragma once
-#include <type_traits>
-
 #include "vec.h"
 
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -31,6 +29,7 @@ struct Mode {
   static constexpr int PER_UNIT = Pairs ? 2 : 1;                      // elements in a unit
   using Activation = std::conditional_t<Pairs, bf16, float>;          // X as the tiles read it
   static constexpr bool CONVERT = !Pairs && !std::is_same_v<Weight, float>;  // lane tiles need W as float
+  using Wide = Mode<Activation, Pairs>;  // of rows that were converted for the lane tiles
 };
 
 template <bool PAIRS>
@@ -162,20 +161,21 @@ inline __attribute__((noinline)) void lane_tile(const char* a, const char* b, in
   }
 }
 
-template <class M>
-INLINE VF load_units(const typename M::Weight* p) {
-  if constexpr (M::PAIRS)
-    return vload(reinterpret_cast<const float*>(p));
-  else
-    return load_as_float(p);
+// W units of a row, from M::Weight or from 8 bits.
+template <class M, class S>
+INLINE VF load_units(const S* p) {
+  if constexpr (!M::PAIRS) return load_as_float(p);
+#if OMNIGENE_BF16
+  else if constexpr (IS_STORED<S>) return (VF)_mm512_cvtne2ps_pbh((__m512)load_as_float(p + W), (__m512)load_as_float(p));
+#endif
+  else return vload(reinterpret_cast<const float*>(p));
 }
 
 // R weight rows against N tokens' rows; c[n * ROWS + r] receives the sums, or they are added to it.
-template <class M, int R, int N>
-inline __attribute__((noinline)) void dot_tile(const typename M::Weight* w, int64_t stride,
+template <class M, int R, int N, class Weight = typename M::Weight>
+inline __attribute__((noinline)) void dot_tile(const Weight* w, int64_t stride,
                                                const typename M::Activation* const* x, int64_t count, float* c,
                                                Prefetch next, bool add) {
-  using Weight = typename M::Weight;
   using Activation = typename M::Activation;
   constexpr int STEP = W * M::PER_UNIT;
   static_assert(R * N <= 24);
@@ -286,8 +286,10 @@ struct Block {
 };
 
 // Brings rows into the second-level cache with plain loads, which the hardware prefetchers follow at full bandwidth.
-// Nothing is computed meanwhile, so this is for blocks with few tokens: memory is their bound.
-inline void stream_in(const void* from, int64_t row_bytes, int64_t stride_bytes, int64_t rows) {
+// Nothing is computed meanwhile, so this is for blocks with few tokens: memory is their bound. With NANS, whether a NaN of
+// e4m3 is among them: looking for it here is free, in a tile it is not.
+template <bool NANS = false>
+inline bool stream_in(const void* from, int64_t row_bytes, int64_t stride_bytes, int64_t rows) {
   constexpr int RUNS = 4;
   if (row_bytes == stride_bytes) {  // one long row
     row_bytes *= rows;
@@ -301,8 +303,30 @@ inline void stream_in(const void* from, int64_t row_bytes, int64_t stride_bytes,
   for (int64_t row = 0; row < some; ++row, p += stride_bytes)
     for (int64_t i = 0; i + 64 <= bytes; i += 64)
 #pragma GCC unroll 4
-      for (int r = 0; r < RUNS; ++r) seen[r] |= (VU)vload(reinterpret_cast<const float*>(p + r * apart + i));
+      for (int r = 0; r < RUNS; ++r) {
+        const float* line = reinterpret_cast<const float*>(p + r * apart + i);
+        if constexpr (NANS) {
+          for (int j = 0; j < 16; j += W) seen[r] |= (VU)(((VBytes)vload(line + j) | 0x80) == 0xff);
+        } else {
+          seen[r] |= (VU)vload(line);
+        }
+      }
   for (VU& each : seen) __asm__ volatile("" : OMNIGENE_KEEP(each));
+  if constexpr (!NANS) return false;
+  const VU all = (seen[0] | seen[1]) | (seen[2] | seen[3]);
+  bool found = false;
+  for (int i = 0; i < W; ++i) found |= all[i] != 0;
+  // What is no whole line of a run.
+  auto rest = [&](int64_t begin, int64_t end) {
+    const uint8_t* byte = static_cast<const uint8_t*>(from);
+    for (int64_t i = begin; i < end; ++i) found |= (byte[i] | 0x80) == 0xff;
+  };
+  const int64_t whole = bytes / 64 * 64, streamed = rows >= RUNS ? RUNS * some : 1;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t begin = row * stride_bytes;
+    rest(begin + (row >= streamed ? 0 : rows >= RUNS ? whole : RUNS * apart), begin + row_bytes);
+  }
+  return found;
 }
 
 // Deals the lines of the next block's rows out to this block's tiles.
@@ -332,10 +356,9 @@ INLINE void lane_block(const char* a, const char* b, int64_t stride, int half, c
                            c + (HALF + r) * MAX_TOKENS, dealer.deal((units + 15) / 16), add);
 }
 
-template <class M, int N>
-INLINE void dot_block(const typename M::Weight* a, const typename M::Weight* b, int64_t stride, int half,
-                      const typename M::Activation* const* x, int64_t count, float* d, PrefetchDealer& dealer,
-                      bool add) {
+template <class M, int N, class S>
+INLINE void dot_block(const S* a, const S* b, int64_t stride, int half, const typename M::Activation* const* x,
+                      int64_t count, float* d, PrefetchDealer& dealer, bool add) {
   constexpr int R = dot_rows(N);
   const int64_t steps = (count + W * M::PER_UNIT - 1) / (W * M::PER_UNIT);
   for (int r = 0; r < half; r += R)
@@ -344,15 +367,52 @@ INLINE void dot_block(const typename M::Weight* a, const typename M::Weight* b, 
     dot_tile<M, R, N>(b + r * stride, stride, x, count, d + HALF + r, dealer.deal(steps), add);
 }
 
-// X W^T for two runs of `half` rows (a multiple of 8, at most HALF) of W that begin at a and b, `stride` elements from
-// row to row. next_a and next_b begin the two runs that will follow, or are null. `wide` is room for ROWS rows in float,
-// used where Mode::CONVERT.
-template <class M>
-inline void multiply_block(const Tokens<M>& x, const typename M::Weight* a, const typename M::Weight* b, int64_t stride,
-                           int half, const void* next_a, const void* next_b, float* wide, Block& out,
-                           bool add = false) {
-  using Weight = typename M::Weight;
+// The dot tiles of a block over its rows, in memory or converted.
+template <class M, class S>
+inline void dot_blocks(const Tokens<M>& x, const S* a, const S* b, int64_t stride, int half, float* to,
+                       PrefetchDealer& dealer, bool add) {
   const Split& s = x.split;
+  for (int g = 0; g < s.dot_groups(); ++g) {
+    const int first = s.dot_first(g);
+    const auto* const* row = x.row + first;
+    float* d = to + first * ROWS;
+    switch (s.dot_take(g)) {
+      case 1: dot_block<M, 1>(a, b, stride, half, row, x.count, d, dealer, add); break;
+      case 2: dot_block<M, 2>(a, b, stride, half, row, x.count, d, dealer, add); break;
+      case 3: dot_block<M, 3>(a, b, stride, half, row, x.count, d, dealer, add); break;
+#if OMNIGENE_WIDTH == 16
+      case 4: dot_block<M, 4>(a, b, stride, half, row, x.count, d, dealer, add); break;
+      case 5: dot_block<M, 5>(a, b, stride, half, row, x.count, d, dealer, add); break;
+      case 6: dot_block<M, 6>(a, b, stride, half, row, x.count, d, dealer, add); break;
+#endif
+    }
+  }
+}
+
+// A row as the tiles read it.
+template <class S, class A>
+inline void convert_row(const S* from, int64_t count, A* to) {
+  int64_t k = 0;
+  for (; k + W <= count; k += W) store_rounded(to + k, load_any(from + k));
+  if (k == count) return;
+  S rest[W] = {};
+  std::memcpy(rest, from + k, (count - k) * sizeof(S));
+  store_live(to + k, load_any(rest), count - k);
+}
+
+// X W^T for two runs of `half` rows (a multiple of 8, at most HALF) of W that begin at a and b, `stride` elements from
+// row to row. next_a and next_b begin the two runs that will follow, or are null. `wide` is room for ROWS rows in float.
+//
+// Rows of M::Weight are read where they stand, but for the lane tiles where Mode::CONVERT. Rows of 8 bits are converted
+// in the loads of the dot tiles if no lane tile needs them, else once for all tokens; their sums lack the scale.
+template <class M, class S>
+inline void multiply_block(const Tokens<M>& x, const S* a, const S* b, int64_t stride, int half, const void* next_a,
+                           const void* next_b, float* wide, Block& out, bool add = false) {
+  using Weight = S;
+  constexpr bool STORED = IS_STORED<S>, E4M3 = std::is_same_v<S, e4m3>;
+  using Activation = typename M::Activation;
+  const Split& s = x.split;
+  bool nan = false;
   const int64_t units = (x.count + M::PER_UNIT - 1) / M::PER_UNIT;
   int tiles = 0;
   for (int i = 0; i < s.chunks(); ++i) {
@@ -363,25 +423,24 @@ inline void multiply_block(const Tokens<M>& x, const typename M::Weight* a, cons
   const int64_t run = half * stride * int64_t(sizeof(Weight));
   if (s.lanes == 0) {
     const int64_t row = x.count * int64_t(sizeof(Weight)), apart = stride * int64_t(sizeof(Weight));
-    stream_in(a, row, apart, half);
-    stream_in(b, row, apart, half);
+    nan |= stream_in<E4M3>(a, row, apart, half);
+    nan |= stream_in<E4M3>(b, row, apart, half);
     next_a = next_b = nullptr;
   }
   PrefetchDealer dealer(next_a, next_b, run, tiles);
+  Activation* const converted = reinterpret_cast<Activation*>(wide);
+  if constexpr (STORED || M::CONVERT) {
+    if (s.lanes || nan)
+      for (int r = 0; r < 2 * half; ++r)
+        convert_row(r < half ? a + r * stride : b + (r - half) * stride, x.count, converted + r * x.count);
+  }
   if (s.lanes) {
     const char *la = reinterpret_cast<const char*>(a), *lb = reinterpret_cast<const char*>(b);
     int64_t bytes = stride * int64_t(sizeof(Weight));
-    if constexpr (M::CONVERT) {
-      for (int r = 0; r < 2 * half; ++r) {
-        const Weight* row = r < half ? a + r * stride : b + (r - half) * stride;
-        float* to = wide + r * x.count;
-        int64_t k = 0;
-        for (; k + W <= x.count; k += W) vstore(to + k, load_as_float(row + k));
-        for (; k < x.count; ++k) to[k] = to_float(row[k]);
-      }
-      la = reinterpret_cast<const char*>(wide);
-      lb = reinterpret_cast<const char*>(wide + half * x.count);
-      bytes = x.count * int64_t(sizeof(float));
+    if constexpr (STORED || M::CONVERT) {
+      la = reinterpret_cast<const char*>(converted);
+      lb = reinterpret_cast<const char*>(converted + half * x.count);
+      bytes = x.count * int64_t(sizeof(Activation));
     }
     const bool odd = M::PAIRS && x.count % 2;
     int first = 0;
@@ -394,20 +453,35 @@ inline void multiply_block(const Tokens<M>& x, const typename M::Weight* a, cons
       else lane_block<M::PAIRS, 3>(la, lb, bytes, half, x.panel[i], units, odd, c, dealer, add);
     }
   }
-  for (int g = 0; g < s.dot_groups(); ++g) {
-    const int first = s.dot_first(g);
-    const auto* const* row = x.row + first;
-    float* d = out.d + first * ROWS;
-    switch (s.dot_take(g)) {
-      case 1: dot_block<M, 1>(a, b, stride, half, row, x.count, d, dealer, add); break;
-      case 2: dot_block<M, 2>(a, b, stride, half, row, x.count, d, dealer, add); break;
-      case 3: dot_block<M, 3>(a, b, stride, half, row, x.count, d, dealer, add); break;
-#if OMNIGENE_WIDTH == 16
-      case 4: dot_block<M, 4>(a, b, stride, half, row, x.count, d, dealer, add); break;
-      case 5: dot_block<M, 5>(a, b, stride, half, row, x.count, d, dealer, add); break;
-      case 6: dot_block<M, 6>(a, b, stride, half, row, x.count, d, dealer, add); break;
-#endif
-    }
+  if constexpr (STORED) {
+    // The tokens as the mode of converted rows has them: all modes of float32 share these tiles.
+    Tokens<typename M::Wide> rows;
+    rows.split = s;
+    rows.count = x.count;
+    for (int n = 0; n < s.single; ++n) rows.row[n] = x.row[n];
+    if (s.lanes || nan)
+      dot_blocks<typename M::Wide>(rows, converted, converted + half * x.count, x.count, half, out.d, dealer, add);
+    else
+      dot_blocks<typename M::Wide>(rows, a, b, stride, half, out.d, dealer, add);
+  } else {
+    dot_blocks<M>(x, a, b, stride, half, out.d, dealer, add);
+  }
+}
+
+// The scales of the rows of a block, times `unit`; rows past the live ones stay as they are.
+inline void scale_block(Block& block, const Split& s, float unit, const float* a, int64_t live_a, const float* b,
+                        int64_t live_b) {
+  for (int run = 0; run < 2; ++run) {
+    const float* scale = run ? b : a;
+    const int64_t live = run ? live_b : live_a;
+    float *c = block.c + run * HALF * MAX_TOKENS, *d = block.d + run * HALF;
+    for (int64_t r = 0; r < live; ++r)
+      for (int i = 0; i < s.lanes; ++i) {
+        float* to = c + r * MAX_TOKENS + i * W;
+        vstore(to, vload(to) * unit * scale[r]);
+      }
+    for (int n = 0; n < s.single; ++n)
+      for (int64_t r = 0; r < live; ++r) d[n * ROWS + r] = d[n * ROWS + r] * unit * scale[r];
   }
 }
 

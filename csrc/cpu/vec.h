@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if !defined(OMNIGENE_NO_X86)
 #include <immintrin.h>
@@ -27,6 +28,7 @@ typedef int32_t VI __attribute__((vector_size(4 * W)));
 typedef uint32_t VU __attribute__((vector_size(4 * W)));
 typedef uint16_t VH __attribute__((vector_size(2 * W)));
 typedef uint16_t VHu __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef uint8_t VBytes __attribute__((vector_size(4 * W)));
 
 INLINE VF vset(float x) { return x - VF{}; }
 INLINE VF vload(const float* p) { return *reinterpret_cast<const VFu*>(p); }
@@ -110,7 +112,54 @@ INLINE f16 round_to(float x, f16*) {
   return {uint16_t(sign | ((u + 0xfff + ((u >> 13) & 1) - (112u << 23)) >> 13))};
 }
 
+// Numbers of 8 bits, which float32 and bf16 hold exactly. Those of e4m3 come out of every load divided by 2^8, which the
+// shift to half precision leaves and unit_of gives back.
+struct i8 {
+  int8_t bits;
+};
+struct e4m3 {  // sign, 4 bits of exponent with bias 7, 3 of mantissa; all ones are NaN, and there is no infinity
+  uint8_t bits;
+};
+template <class T>
+constexpr bool IS_STORED = std::is_same_v<T, i8> || std::is_same_v<T, e4m3>;
+template <class T>
+constexpr float unit_of = std::is_same_v<T, e4m3> ? 256.0f : 1.0f;
+
 INLINE VF load_as_float(const float* p) { return vload(p); }
+INLINE VI load_signed_bytes(const void* p) {
+#if OMNIGENE_WIDTH == 16
+  return (VI)_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (VI)_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+#else
+  VI x;
+  int8_t b[W];
+  std::memcpy(b, p, W);
+  for (int i = 0; i < W; ++i) x[i] = b[i];
+  return x;
+#endif
+}
+INLINE VF load_as_float(const i8* p) { return __builtin_convertvector(load_signed_bytes(p), VF); }
+// A NaN comes out as 480: see load_any.
+INLINE VF load_as_float(const e4m3* p) {
+#if OMNIGENE_WIDTH == 16
+  const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (VF)_mm512_maskz_cvtph_ps(0xffff, _mm256_and_si256(_mm256_slli_epi16(b, 7), _mm256_set1_epi16(short(0xbf80))));
+#elif defined(__F16C__)
+  const __m128i b = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return (VF)_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(b, 7), _mm_set1_epi16(short(0xbf80))));
+#else
+  const VU bits = ((VU)load_signed_bytes(p) << 20) & 0x87f00000u;
+  return (VF)bits * 0x1p112f;  // subnormals come out right as well
+#endif
+}
+template <class T>
+INLINE VF load_any(const T* p) {  // and NaN where the stored number is
+  const VF x = load_as_float(p);
+  if constexpr (std::is_same_v<T, e4m3>)
+    return (load_signed_bytes(p) & 0x7f) == 0x7f ? vset(__builtin_nanf("")) : x;
+  return x;
+}
 INLINE VF load_as_float(const bf16* p) {
   const VH h = *reinterpret_cast<const VHu*>(p);
   return (VF)(__builtin_convertvector(h, VU) << 16);

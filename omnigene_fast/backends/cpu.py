@@ -11,6 +11,7 @@ from torch import Tensor
 from . import PLAIN, Lora, Scales, TraceBuffers
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STORED = {torch.int8: 1, torch.float8_e4m3fn: 2}  # projections with scales; 0: in the dtype of `hidden`
 ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
 _LARGE = 32 << 20  # bytes from which fresh pages cost more than keeping old ones
 
@@ -163,7 +164,7 @@ def expert_mlp(
     save_preactivation: bool,
     scales: Scales = PLAIN,
 ) -> tuple[Tensor, Tensor | None]:
-    arguments = _ExpertArguments(hidden, gate_up_proj, down_proj, index, weights, lora, activation)
+    arguments = _ExpertArguments(hidden, gate_up_proj, down_proj, index, weights, lora, activation, scales)
     out = torch.empty(hidden.shape, dtype=hidden.dtype)
     preactivation = arguments.new_preactivation() if save_preactivation else None
     if hidden.numel():
@@ -186,13 +187,18 @@ def expert_mlp_bwd(
     scales: Scales = PLAIN,
 ) -> tuple[Tensor | None, ...]:
     inputs = (hidden, gate_up_proj, down_proj, weights, *lora)
+    if scales.gate_up is not None and (needed[1] or needed[2]):
+        raise ValueError(
+            "needed: expected no gradient of projections stored in 8 bits, which are frozen, got"
+            f" {list(needed)}; dequantise them first if they are to be trained."
+        )
     grads = [
         None if not need or x is None else _new_gradient(x.shape, torch.float32 if x is weights else x.dtype)
         for x, need in zip(inputs, needed, strict=True)
     ]
     if hidden.numel() == 0 or down_proj.shape[2] == 0:
         return tuple(None if grad is None else grad.zero_() for grad in grads)
-    arguments = _ExpertArguments(hidden, gate_up_proj, down_proj, index, weights, lora, activation)
+    arguments = _ExpertArguments(hidden, gate_up_proj, down_proj, index, weights, lora, activation, scales)
     grad_out = _rows(grad_out)
     if preactivation is None:
         preactivation = arguments.new_preactivation()
@@ -231,11 +237,13 @@ class _ExpertArguments:
         weights: Tensor,
         lora: Lora,
         activation: str,
+        scales: Scales,
     ) -> None:
         hidden, index = _rows(hidden), index.to(torch.int64).contiguous()
         weights = weights.to(torch.float32).contiguous()
         factors = [None if factor is None else factor.contiguous() for factor in lora]
-        self.kept = (hidden, index, weights, factors)
+        row_scales = [_float(scale) for scale in scales]
+        self.kept = (hidden, index, weights, factors, row_scales)
         (T, H), K, (E, I2, _) = hidden.shape, index.shape[1], gate_up_proj.shape
         self.rows, self.columns, self.dtype = T * K, I2, hidden.dtype
         ranks = [0 if factor is None else factor.shape[1] for factor in factors]
@@ -247,6 +255,7 @@ class _ExpertArguments:
             weights.data_ptr(),
             (_address(factors[0]), _address(factors[1]), ranks[1]),
             (_address(factors[2]), _address(factors[3]), ranks[3]),
+            (0 if scales.gate_up is None else STORED[gate_up_proj.dtype], *map(_address, row_scales)),
             (T, K, E, H, I2 // 2),
             DTYPES[hidden.dtype],
             ACTIVATIONS[activation],
