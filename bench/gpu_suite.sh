@@ -7,7 +7,7 @@
 set -u
 
 # The step and its seconds, what matters most first. "summary" is written anew by every call.
-STEPS="environment:20 correctness:45 tests:90 table:150 decode:30 repeat:20 capture:40 model:45 sanitizer:40 tune:30"
+STEPS="environment:20 correctness:40 tests:80 table:150 decode:30 repeat:20 capture:40 model:45 sanitizer:65 tune:30"
 SUMMARY_SECONDS=15
 
 usage() { sed -n '2,6p' "$0" | cut -c3-; }

@@ -21,6 +21,7 @@ STYLES = {
     "liger": ("#E69F00", "D", 1.4),
     "scattermoe": ("#56B4E9", "P", 1.4),
     "sonicmoe": ("#8C6D31", "X", 1.4),
+    "vllm": ("#6A3D9A", "*", 1.4),
     "reference": ("#999999", ".", 1.0),
 }
 

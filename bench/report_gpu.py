@@ -38,7 +38,7 @@ METHOD = (
 
 def is_gpu(rows: list[Row]) -> bool:
     """Whether rows were measured on a GPU."""
-    return bool(rows) and rows[0]["probe"] == "cuda"
+    return bool(rows) and rows[0].get("probe") == "cuda"
 
 
 def section(rows: list[Row], name: str, plots: list[str]) -> str:

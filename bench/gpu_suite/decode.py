@@ -113,7 +113,10 @@ def captured(blocks: list[Provider], draws: list[Draw], device: torch.device) ->
 
     if device.type != "cuda":
         return call, "without a graph: not on a GPU"
-    plain = call()
+    try:
+        plain = without_synchronising(call)
+    except RuntimeError as refused:
+        return call, f"without a graph, it waits for the device: {status.sentence(refused)}"
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -141,6 +144,18 @@ def captured(blocks: list[Provider], draws: list[Draw], device: torch.device) ->
         return outputs
 
     return replay, ""
+
+
+def without_synchronising(call: Callable[[], Any]) -> Any:
+    """The result of `call`; RuntimeError where it waits for the device.
+
+    To find that out by capturing it would leave torch's allocator and generators in the middle of a capture.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _timed(

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from ..floors import work_of
+from ..runner import Row
 from ..training import RANKS
 from ..workloads import TRUE_SHAPE, Shape, routing_bias
-from ..runner import Row
 from . import cases
 
 PREDICTIONS = Path(__file__).resolve().parents[1] / "predictions" / "h100.json"

@@ -1,0 +1,464 @@
+"""The GPU suite without a GPU: tiny shapes, cut-offs, budgets, missing tools, failures, and its shell script."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from omnigene_fast.bench import report
+from omnigene_fast.bench.gpu_suite import (
+    __main__,
+    capture,
+    cases,
+    correctness,
+    environment,
+    gpu_tests,
+    model,
+    predict,
+    repeat,
+    sanitizer,
+    status,
+    table,
+)
+from omnigene_fast.bench.providers import OURS, Provider, build
+from omnigene_fast.bench.workloads import Layer
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "bench" / "gpu_suite.sh"
+CPU = torch.device("cpu")
+
+
+def context(out, budget=60.0, **changes):
+    return status.Context(out, CPU, tiny=True, budget=budget, **changes)
+
+
+def step(name, out, *options):
+    assert __main__.main([name, "--out", str(out), "--device", "cpu", "--tiny", "--budget", "120", *options]) == 0
+    return status.read(out, name)
+
+
+# One step's life.
+
+
+def test_a_good_step_runs_once(tmp_path):
+    calls = []
+    for _ in range(2):
+        found = status.run(context(tmp_path), "fine", lambda _: calls.append(1))
+    assert (found.state, len(calls)) == ("ok", 1)
+    assert json.loads((tmp_path / "status" / "fine.json").read_text())["state"] == "ok"
+
+
+def test_what_a_step_found_or_misses_or_how_it_crashed_is_its_status(tmp_path):
+    def missing(_):
+        raise status.MissingTool("no such tool")
+
+    def crash(_):
+        raise ValueError("first line\nsecond line")
+
+    assert status.run(context(tmp_path), "a", lambda _: "two are wrong").reason == "two are wrong"
+    assert vars(status.run(context(tmp_path), "b", missing)) | {"seconds": 0, "budget": 0, "date": ""} == {
+        "step": "b",
+        "state": "missing",
+        "reason": "no such tool",
+        "seconds": 0,
+        "cuts": 1,
+        "budget": 0,
+        "date": "",
+    }
+    found = status.run(context(tmp_path), "c", crash)
+    assert (found.state, found.reason) == ("failed", "ValueError: first line")
+
+
+def test_the_budget_holds_even_where_every_exception_is_caught(tmp_path):
+    def stubborn(_):
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:
+                continue
+
+    begin = time.monotonic()
+    assert status.run(context(tmp_path, budget=0.3), "stubborn", stubborn).state == "out of time"
+    assert 0.2 < time.monotonic() - begin < 5
+    cut_short = context(tmp_path, budget=0.2, whole=False)
+    assert status.run(cut_short, "other", stubborn).state == "partial"  # it was not given its time
+
+
+def test_cases_are_kept_and_a_later_call_goes_on(tmp_path):
+    worked = []
+
+    def work(name):
+        worked.append(name)
+        if len(worked) == 2:
+            time.sleep(30)
+        return {"problem": ""}
+
+    def run(context):
+        return status.problems(status.each(context, tmp_path / "cases.json", "abc", work))
+
+    assert status.run(context(tmp_path, budget=0.5), "cases", run).state == "partial"
+    assert list(json.loads((tmp_path / "cases.json").read_text())) == ["a"]
+    assert status.run(context(tmp_path), "cases", run).state == "ok"
+    assert worked == ["a", "b", "b", "c"]
+
+
+KILLED = """
+import sys, time, torch
+from pathlib import Path
+from omnigene_fast.bench.gpu_suite import status
+out = Path(sys.argv[1])
+def work(name):
+    if name == "b":
+        print("in b", flush=True)
+        time.sleep(600)
+    return {"problem": ""}
+context = status.Context(out, torch.device("cpu"), budget=600)
+status.run(context, "killed", lambda context: status.problems(status.each(context, out / "killed.json", "ab", work)))
+"""
+
+
+def test_a_killed_process_is_gone_on_from_and_given_up_in_the_end(tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert child.stdout.readline() == "in b\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert status.read(tmp_path, "killed").state == "running"
+    worked = []
+
+    def run(context):
+        def work(name):
+            worked.append(name)
+            return {"problem": ""}
+
+        return status.problems(status.each(context, tmp_path / "killed.json", "ab", work))
+
+    assert status.run(context(tmp_path), "killed", run).state == "ok"
+    assert worked == ["b"]
+    status.write(tmp_path, status.Status("hopeless", cuts=status.MAX_CUTS))
+    found = status.run(context(tmp_path), "hopeless", lambda _: pytest.fail("was run"))
+    assert found.state == "out of time"
+    assert "cut off 2 times" in found.reason
+
+
+def test_a_lost_device_asks_for_a_new_process(tmp_path, monkeypatch):
+    def broken(_):
+        raise status.DeviceLost("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(status, "check_device", broken)
+    lost = context(tmp_path)
+    found = status.run(lost, "lost", lambda each: status.each(each, tmp_path / "x.json", "ab", lambda name: {}))
+    assert (found.state, lost.lost) == ("partial", True)
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": {}}  # the case that broke it is over
+
+
+def test_a_case_that_ends_the_process_again_is_a_problem(tmp_path):
+    again = context(tmp_path, step="x")
+    for _ in range(status.MAX_CUTS):
+        assert again.tries("a") < status.MAX_CUTS
+    done = status.each(again, tmp_path / "x.json", "a", lambda name: pytest.fail("was worked on"))
+    assert done == {"a": {"problem": "ended the process 2 times"}}
+
+
+# The steps.
+
+
+FEW = [("experts", "uniform", 1), ("experts_frozen", "protein", 8), ("route_traced", "uniform", 1)]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """What the steps leave behind, with few cases."""
+    path = tmp_path_factory.mktemp("suite")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "table", lambda: FEW)
+        patch.setattr(cases, "decode", lambda: [("decode", "uniform", 8)])
+        patch.setattr(model, "WANTED", (("model_decode", "random", 1), ("model_frozen", "random", 8)))
+        patch.setattr(correctness, "OPS", ("experts", "route", "route_traced", "experts_frozen"))
+        patch.setattr(repeat, "CASES", repeat.CASES[:1] + repeat.CASES[6:7])
+        patch.setattr(environment, "tool", lambda name: None)
+        for name in (
+            "environment",
+            "correctness",
+            "table",
+            "decode",
+            "repeat",
+            "capture",
+            "model",
+            "sanitizer",
+            "tune",
+        ):
+            step(name, path)
+        step("summary", path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["environment", "correctness", "table", "decode", "repeat", "capture", "model"])
+def test_steps_end_well_without_a_gpu(out, name):
+    found = status.read(out, name)
+    assert (found.state, found.reason) == ("ok", "")
+
+
+def test_what_is_missing_is_recorded(out):
+    assert status.read(out, "sanitizer").reason.startswith("compute-sanitizer is not installed")
+    assert status.read(out, "tune").state == "missing"
+    text = (out / "summary.md").read_text()
+    assert "| sanitizer | missing |" in text
+    assert "- No `compute-sanitizer`." in text
+
+
+def test_without_a_gpu_the_steps_say_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    __main__.main(["table", "--out", str(tmp_path)])
+    assert vars(status.read(tmp_path, "table"))["reason"] == "torch finds no CUDA GPU"
+
+
+def test_rows_have_the_schema_of_the_benchmark(out):
+    rows = report.load(out / "results.json")
+    assert {row["op"] for row in rows} == {"experts", "experts_frozen", "route_traced", "decode", *model.OPS[1:3]}
+    for row in rows:
+        assert {"device", "versions", "date", "dtype", "shape", "probe", "bandwidth_gb_s", "status"} <= set(row)
+        assert row["status"] in ("ok", "skipped", "missing"), row
+        if row["status"] == "ok":
+            assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+    (decode,) = [row for row in rows if row["op"] == "decode" and row["provider"] == OURS]
+    assert decode["note"] == "without a graph: not on a GPU"
+    (frozen,) = [row for row in rows if row["op"] == "model_frozen" and row["provider"] == OURS]
+    assert frozen["tokens_per_s"] == pytest.approx(frozen["tokens"] / frozen["p50_ms"] * 1e3, rel=1e-3)
+
+
+def test_measured_cases_are_not_measured_again(out, tmp_path, monkeypatch):
+    (tmp_path / "rows").mkdir()
+    rows = report.load(out / "rows" / "table.json")
+    report.save([row for row in rows if row["op"] != "experts"], tmp_path / "rows" / "table.json")
+    measured = []
+    again = context(tmp_path, step="table")
+    monkeypatch.setattr(table.report, "console", lambda rows: "")
+
+    def measure(case):
+        measured.append(case)
+        return [row for row in rows if row["op"] == case[0]]
+
+    assert table.each(again, "table", FEW, measure) is None
+    assert measured == FEW[:1]
+    assert len(report.load(tmp_path / "rows" / "table.json")) == len(rows)
+
+
+def test_a_case_that_crashes_stops_no_other(tmp_path, monkeypatch):
+    def measure(case):
+        if case == FEW[0]:
+            raise RuntimeError("out of memory")
+        return [{"op": case[0], "mode": case[1], "tokens": 1, "provider": OURS, "status": "wrong"}]
+
+    monkeypatch.setattr(table.report, "console", lambda rows: "")
+    problem = table.each(context(tmp_path, step="table"), "table", [FEW[0], FEW[2]], measure)
+    assert "experts uniform T=1: RuntimeError: out of memory" in problem
+    assert "omnigene_fast route_traced uniform T=1 wrong" in problem
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return Layer(cases.TINY_SHAPE, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize("op", ["experts", "route", "experts_full", "experts_lora16"])
+def test_correctness_notices_what_is_wrong(layer, monkeypatch, op):
+    with torch.no_grad():
+        assert correctness.check(op, layer, "protein", 9)["problem"] == ""
+
+    def wrong(*arguments):
+        right = build(*arguments)[0]
+        return [Provider(OURS, lambda draw: correctness.spoiled(op, right.call(draw)), right.prepare)]
+
+    monkeypatch.setattr(correctness, "build", wrong)
+    with torch.no_grad():
+        assert OURS in correctness.check(op, layer, "protein", 9)["problem"]
+    monkeypatch.setattr(correctness, "build", build)
+    monkeypatch.setattr(correctness, "spoiled", lambda op, output: output)
+    with torch.no_grad():
+        assert "wrong on purpose" in correctness.check(op, layer, "protein", 9)["problem"]
+
+
+def test_other_bits_are_noticed():
+    drift = iter(range(100))
+    value = torch.tensor([1.0, float("nan"), 2.0])
+    assert repeat.changed(lambda: value.clone()) == ""  # the same NaN is the same
+
+    def call():
+        return {"out": value.clone(), "grad": torch.tensor([0.0, 1.0 + (next(drift) == 7) * 2**-20])}
+
+    assert repeat.changed(call) == "grad differs in run 8, first at element 1"
+
+
+def test_compiled_blocks_are_compared(layer, monkeypatch):
+    right = capture.block
+    turns = iter(range(100))
+
+    def other(*arguments):
+        return tuple(out + next(turns) for out in right(*arguments))
+
+    assert capture.compiles(layer, "eager", train=False) == ""
+    monkeypatch.setattr(capture, "block", other)
+    assert "is not that of a plain call" in capture.compiles(layer, "eager", train=False)
+
+
+def test_the_sanitizers_target_runs():
+    sanitizer.exercise(CPU)
+
+
+def test_sanitizers_findings_are_the_problem(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        "#!/bin/sh\n"
+        'while [ "$1" != --log-file ]; do [ "$1" = --tool ] && kind=$2; shift; done\n'
+        'echo "========= ERROR SUMMARY: 3 errors" >"$2"\n'
+        '[ "$kind" = racecheck ] && exit 99\nexit 0\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(environment, "tool", lambda name: str(tool))
+    problem = sanitizer.run(context(tmp_path, step="sanitizer"))
+    assert problem == "1 of 2 cases: racecheck: ERROR SUMMARY: 3 errors"
+
+
+def test_tests_are_counted_per_file(tmp_path):
+    file = tmp_path / "test_it.py"
+    file.write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\n@pytest.mark.skip\ndef test_c(): pass\n"
+    )
+    found = gpu_tests.run_file(file, tmp_path / "junit.xml", marked=False)
+    assert {key: found[key] for key in ("passed", "failed", "skipped", "status")} == {
+        "passed": 1,
+        "failed": 1,
+        "skipped": 1,
+        "status": 1,
+    }
+    assert found["failures"] == ["test_b: assert 1 == 2"]
+    broken = gpu_tests.read_junit(tmp_path / "none.xml", 2)
+    assert broken["failures"] == ["none: pytest ended with status 2"]
+
+
+def test_gpu_tests_are_found():
+    files = gpu_tests.test_files(tiny=False)
+    assert ROOT / "tests" / "kernels" / "test_forward_gpu.py" in files
+    assert Path(__file__) not in files
+
+
+# Predictions.
+
+
+def test_predictions_are_committed_for_every_case():
+    rows = json.loads(predict.PREDICTIONS.read_text())
+    found = [(row["op"], row["mode"], row["tokens"]) for row in rows]
+    assert found == [*cases.table(), *cases.decode()]
+    for row in rows:
+        assert row["expected_us"] > row["floor_us"]
+        if row["tokens"] <= 64:
+            floor, expected = predict.predict(row["op"], row["mode"], row["tokens"])
+            assert (floor, expected) == pytest.approx((row["floor_us"], row["expected_us"]), rel=2e-2)
+
+
+def test_floors_are_those_of_the_design():
+    """By hand: 8, 127 and all of 128 experts of 11.9 MB at 3.35 TB/s, and 95.16 MFLOP per token at 800 TFLOP/s."""
+    for tokens, floor in ((1, 28.4), (64, 450), (16384, 1949)):
+        assert predict.predict("experts", "uniform", tokens)[0] == pytest.approx(floor, rel=1e-2)
+
+
+# The script.
+
+
+STUB = """#!{python}
+import json, os, sys
+from pathlib import Path
+step, out = sys.argv[3], Path(sys.argv[sys.argv.index("--out") + 1])
+with open(out / "calls", "a") as calls:
+    print(step, *sys.argv[4:], file=calls)
+if step == os.environ.get("CRASHING"):
+    sys.exit(3)
+state = "partial" if step == os.environ.get("PARTIAL") else "failed" if step == os.environ.get("FAILING") else "ok"
+(out / "status" / f"{{step}}.json").write_text(json.dumps({{"step": step, "state": state}}, indent=1))
+print(step, state)
+"""
+
+
+def script(out, *options, **variables):
+    stub = out.parent / "python-stub"
+    stub.write_text(STUB.format(python=sys.executable))
+    stub.chmod(0o755)
+    calls = out / "calls"
+    calls.unlink(missing_ok=True)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--out", str(out), *options],
+        env=os.environ | {"PYTHON": str(stub)} | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done, calls.read_text().splitlines() if calls.exists() else []
+
+
+def names(calls):
+    return [line.split()[0] for line in calls]
+
+
+def listed():
+    (line,) = re.findall(r'^STEPS="(.*)"$', SCRIPT.read_text(), re.MULTILINE)
+    return {entry.split(":")[0]: int(entry.split(":")[1]) for entry in line.split()}
+
+
+def test_the_script_lists_every_step_and_fits_in_nine_minutes():
+    assert {*listed(), "summary"} == set(__main__.STEPS)
+    assert sum(listed().values()) + 15 <= 540
+    assert subprocess.run(["bash", "-n", str(SCRIPT)], check=False).returncode == 0
+
+
+def test_the_script_runs_all_and_then_nothing_but_the_summary(tmp_path):
+    done, calls = script(tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert names(calls) == [*listed(), "summary"]
+    assert names(script(tmp_path / "out")[1]) == ["summary"]
+
+
+def test_the_script_goes_on_after_a_crash_and_comes_back_to_it(tmp_path):
+    done, calls = script(tmp_path / "out", CRASHING="tests", FAILING="decode", PARTIAL="table")
+    assert len(calls) == len(__main__.STEPS)
+    assert "tests: ended with status 3" in done.stdout
+    _, calls = script(tmp_path / "out")
+    assert names(calls) == ["tests", "table", "summary"]  # the failed one is over
+    _, calls = script(tmp_path / "out", "--retry")
+    assert names(calls) == ["decode", "summary"]
+
+
+def test_the_script_passes_its_options_on_and_cuts_short(tmp_path):
+    _, calls = script(tmp_path / "out", "--steps", "table", "--device", "cpu", "--tiny", "--total", "60")
+    assert names(calls) == ["table", "summary"]
+    words = calls[0].split()
+    assert words[words.index("--device") + 1] == "cpu"
+    assert {"--tiny", "--cut-short"} <= set(words)
+    assert 30 <= int(words[words.index("--budget") + 1]) <= 45
+    done, calls = script(tmp_path / "other", "--total", "20")
+    assert names(calls) == ["summary"]
+    assert "call again to go on with environment" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(("--tokens", "1"), "expected --out"), (("--total", "x"), "expected seconds, got 'x'")]
+)
+def test_the_script_refuses_what_it_does_not_know(tmp_path, options, message):
+    (tmp_path / "out").mkdir()
+    done, calls = script(tmp_path / "out", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not calls
