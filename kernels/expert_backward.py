@@ -39,7 +39,7 @@ from .grouped_gemm import (
     tile_table,
 )
 from .tiles import Tile
-from .weights import scale_of_steps, widen
+from .weights import describe, described_tile, scale_of_steps, widen
 
 
 @triton.jit
@@ -71,6 +71,7 @@ def _expert_down_bwd_kernel(
     stride_factor_rank,
     stride_factor_column,
     ACTIVATION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -88,7 +89,8 @@ def _expert_down_bwd_kernel(
     after the other, or its values would not fit into the registers.
 
     grad_ptr         [T, H] bf16, fp16 or fp32, rows `stride_grad` apart, gathered: row // top_k is the token
-    down_ptr         [E, H, I] same dtype, or 8 bits (weights.py); experts `stride_expert`, rows `stride_row` apart
+    down_ptr         [E, H, I] same dtype, or 8 bits (weights.py); experts `stride_expert`, rows `stride_row` apart;
+                     or, if DESCRIBED, its descriptor
     scale_ptr        [E, H] fp32, scales of weights in 8 bits; or None
     low_ptr          [N, rank] same dtype, contiguous; or None: no low-rank update
     factor_ptr       [E, rank, I] same dtype, any strides; or None
@@ -113,17 +115,21 @@ def _expert_down_bwd_kernel(
     wide_n = n.to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     grad_ptrs = grad_ptr + (row // top_k).to(tl.int64)[:, None] * stride_grad + k[None, :]
-    down_ptrs = down_ptr + expert * stride_expert + k.to(tl.int64)[:, None] * stride_row + wide_n[None, :]
+    if not DESCRIBED:
+        down_ptrs = down_ptr + expert * stride_expert + k.to(tl.int64)[:, None] * stride_row + wide_n[None, :]
 
     a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, H, BLOCK_K):
         in_k = k < H - start
         g = load_tile(grad_ptrs, inside, in_k, True, EVEN_K)
         scale = scale_of_steps(scale_ptr if scale_ptr is None else scale_ptr + expert * H, start + k, in_k, EVEN_K)
-        down = load_tile(down_ptrs, in_k, n < I, EVEN_K, EVEN_N)
+        if DESCRIBED:
+            down = described_tile(down_ptr, expert, start, column * BLOCK_N, False)
+        else:
+            down = load_tile(down_ptrs, in_k, n < I, EVEN_K, EVEN_N)
+            down_ptrs += BLOCK_K * stride_row
         a = dot(g, widen(down, scale, g.dtype), a)
         grad_ptrs += BLOCK_K
-        down_ptrs += BLOCK_K * stride_row
     if low_ptr is not None:
         a = add_low_rank(
             a,
@@ -247,9 +253,10 @@ def launch_expert_down_bwd(
     reduction = H if want_d_pre or want_d_weights else 0
     if reduction == 0:
         low_rank = None
+    descriptor = describe(down_proj, tile.block_k, tile.block_n) if tile.tma else None
     _expert_down_bwd_kernel[(dispatch.num_tiles * columns,)](
         grad_out,
-        down_proj,
+        down_proj if descriptor is None else descriptor,
         scale,
         *(low_rank or (None, None)),
         preactivation,
@@ -264,10 +271,10 @@ def launch_expert_down_bwd(
         I,
         low_rank.low.shape[1] if low_rank else 0,
         grad_out.stride(0),
-        down_proj.stride(0),
-        down_proj.stride(1),
+        *(down_proj.stride()[:2] if descriptor is None else (0, 0)),
         *(low_rank.factor.stride() if low_rank else (0, 0, 0)),
         ACTIVATION=activation,
+        DESCRIBED=descriptor is not None,
         EVEN_K=reduction % tile.block_k == 0,
         EVEN_N=I % tile.block_n == 0,
         **rank_options(low_rank, tile),

@@ -32,13 +32,14 @@ from .grouped_gemm import (
     blocks,
     halves,
     launch_grouped_gemm,
+    load_tile,
     parts,
     rank_options,
     tile_and_column,
     tile_table,
 )
 from .tiles import Tile
-from .weights import scale_columns, widen
+from .weights import describe, described_tile, scale_columns, widen
 
 
 @triton.jit
@@ -66,6 +67,7 @@ def _expert_up_fwd_kernel(
     stride_factor_rank,
     stride_factor_row,
     ACTIVATION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CHAIN: tl.constexpr,
@@ -79,7 +81,8 @@ def _expert_up_fwd_kernel(
     BLOCK_N columns of h, for which it sums BLOCK_N gate columns and BLOCK_N up columns.
 
     hidden_ptr       [T, H] bf16, fp16 or fp32, rows `stride_hidden` apart, gathered: row // top_k is the token
-    gate_up_ptr      [E, 2I, H] same dtype, or 8 bits (weights.py); experts `stride_expert`, rows `stride_row` apart
+    gate_up_ptr      [E, 2I, H] same dtype, or 8 bits (weights.py); experts `stride_expert`, rows `stride_row` apart;
+                     or, if DESCRIBED, its descriptor
     scale_ptr        [E, 2I] fp32, scales of weights in 8 bits; or None
     low_ptr          [N, rank] same dtype, contiguous; or None: no low-rank update
     factor_ptr       [E, rank, 2I] same dtype, any strides; or None
@@ -102,27 +105,29 @@ def _expert_up_fwd_kernel(
     weight_row = tl.where(n < I, n, 0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = hidden_ptr + (row // top_k).to(tl.int64)[:, None] * stride_hidden + k[None, :]
-    weight_ptrs = gate_up_ptr + expert * stride_expert + k[:, None]
-    gate_ptrs = weight_ptrs + weight_row[None, :] * stride_row
-    up_ptrs = weight_ptrs + (weight_row[None, :] + I) * stride_row
+    if not DESCRIBED:
+        weight_ptrs = gate_up_ptr + expert * stride_expert + k[:, None]
+        gate_ptrs = weight_ptrs + weight_row[None, :] * stride_row
+        up_ptrs = weight_ptrs + (weight_row[None, :] + I) * stride_row
 
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, H, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-            gate_weight = tl.load(gate_ptrs)
-            up_weight = tl.load(up_ptrs)
+        in_k = k < H - start
+        x = load_tile(x_ptrs, inside, in_k, True, EVEN_K)
+        if DESCRIBED:
+            # In the last column tile, the gate's columns past I are the up projection's first, and those of the up
+            # projection are past the matrix, where TMA reads zeros. Neither is stored.
+            gate_weight = described_tile(gate_up_ptr, expert, column * BLOCK_N, start, True)
+            up_weight = described_tile(gate_up_ptr, expert, I + column * BLOCK_N, start, True)
         else:
-            in_k = k < H - start
-            x = tl.load(x_ptrs, mask=in_k[None, :], other=0.0)
-            gate_weight = tl.load(gate_ptrs, mask=in_k[:, None], other=0.0)
-            up_weight = tl.load(up_ptrs, mask=in_k[:, None], other=0.0)
+            gate_weight = load_tile(gate_ptrs, in_k, n < I, EVEN_K, True)
+            up_weight = load_tile(up_ptrs, in_k, n < I, EVEN_K, True)
+            gate_ptrs += BLOCK_K
+            up_ptrs += BLOCK_K
         gate = dot(x, widen(gate_weight, None, x.dtype), gate)
         up = dot(x, widen(up_weight, None, x.dtype), up)
         x_ptrs += BLOCK_K
-        gate_ptrs += BLOCK_K
-        up_ptrs += BLOCK_K
     if scale_ptr is not None:
         scale_ptr += expert * (2 * I)
         gate = scale_columns(gate, scale_ptr, n, n < I)
@@ -207,9 +212,10 @@ def launch_expert_up_fwd(
     I = gate_up_proj.shape[1] // 2  # noqa: E741
     h = torch.empty((N, I), dtype=hidden.dtype, device=hidden.device) if want_h else None
     pre = torch.empty((N, 2 * I), dtype=hidden.dtype, device=hidden.device) if want_preactivation else None
+    descriptor = describe(gate_up_proj, tile.block_n, tile.block_k) if tile.tma else None
     _expert_up_fwd_kernel[(dispatch.num_tiles * triton.cdiv(I, tile.block_n),)](
         hidden,
-        gate_up_proj,
+        gate_up_proj if descriptor is None else descriptor,
         scale,
         *(low_rank or (None, None)),
         pre,
@@ -220,10 +226,10 @@ def launch_expert_up_fwd(
         I,
         low_rank.low.shape[1] if low_rank else 0,
         hidden.stride(0),
-        gate_up_proj.stride(0),
-        gate_up_proj.stride(1),
+        *(gate_up_proj.stride()[:2] if descriptor is None else (0, 0)),
         *(low_rank.factor.stride() if low_rank else (0, 0, 0)),
         ACTIVATION=activation,
+        DESCRIBED=descriptor is not None,
         EVEN_K=H % tile.block_k == 0,
         **rank_options(low_rank, tile),
         PARTS=2 if want_preactivation and parts(tile) >= 4 else 1,

@@ -24,7 +24,7 @@ from torch import Tensor
 from .arithmetic import dot, round_to
 from .dispatch import Dispatch
 from .tiles import Tile
-from .weights import scale_columns, scale_of_steps, widen
+from .weights import describe, described_tile, scale_columns, scale_of_steps, widen
 
 GROUP_M = 8
 
@@ -131,6 +131,7 @@ def _grouped_gemm_kernel(
     stride_factor_rank,
     stride_factor_n,
     GATHER: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     SCALED_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -145,7 +146,8 @@ def _grouped_gemm_kernel(
     one expert and BLOCK_N columns of out.
 
     rows_ptr         [T, K] if GATHER (row // top_k is the token), else [positions, K]; bf16, fp16 or fp32
-    weight_ptr       [E, K, N] same dtype, or 8 bits (weights.py); any strides
+    weight_ptr       [E, K, N] same dtype, or 8 bits (weights.py); any strides. If DESCRIBED is "k" or "n", a
+                     descriptor of it with that dimension last: [E, N, K] or [E, K, N]
     scale_ptr        [E, K] if SCALED_K, else [E, N], fp32: scales of weights in 8 bits; or None
     low_ptr          [positions, rank] same dtype, contiguous; or None: nothing is added
     factor_ptr       [E, rank, N] same dtype, any strides; or None
@@ -166,18 +168,24 @@ def _grouped_gemm_kernel(
     wide_n = n.to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     rows_ptrs = rows_ptr + row[:, None] * stride_rows + k[None, :]
-    weight_ptrs = weight_ptr + expert * stride_expert
-    weight_ptrs += k.to(tl.int64)[:, None] * stride_k + wide_n[None, :] * stride_n
+    if DESCRIBED == "":
+        weight_ptrs = weight_ptr + expert * stride_expert
+        weight_ptrs += k.to(tl.int64)[:, None] * stride_k + wide_n[None, :] * stride_n
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         in_k = k < K - start
         x = load_tile(rows_ptrs, inside, in_k, True, EVEN_K)
         scale = scale_of_steps(scale_ptr + expert * K if SCALED_K else None, start + k, in_k, EVEN_K)
-        weight = load_tile(weight_ptrs, in_k, n < N, EVEN_K, EVEN_N)
+        if DESCRIBED == "k":
+            weight = described_tile(weight_ptr, expert, column * BLOCK_N, start, True)
+        elif DESCRIBED == "n":
+            weight = described_tile(weight_ptr, expert, start, column * BLOCK_N, False)
+        else:
+            weight = load_tile(weight_ptrs, in_k, n < N, EVEN_K, EVEN_N)
+            weight_ptrs += BLOCK_K * stride_k
         total = dot(x, widen(weight, scale, x.dtype), total)
         rows_ptrs += BLOCK_K
-        weight_ptrs += BLOCK_K * stride_k
     if scale_ptr is not None and not SCALED_K:
         total = scale_columns(total, scale_ptr + expert * N, n, n < N)
     if low_ptr is not None:
@@ -284,9 +292,14 @@ def launch_grouped_gemm(
     """
     _, K, N = weight.shape
     out = torch.empty((dispatch.order.shape[0], N), dtype=rows.dtype, device=rows.device)
+    last, descriptor = "", None
+    if tile.tma and weight.stride(2) == 1:
+        last, descriptor = "n", describe(weight, tile.block_k, tile.block_n)
+    elif tile.tma:
+        last, descriptor = "k", describe(weight.transpose(1, 2), tile.block_n, tile.block_k)
     _grouped_gemm_kernel[(dispatch.num_tiles * triton.cdiv(N, tile.block_n),)](
         rows,
-        weight,
+        weight if descriptor is None else descriptor,
         scale,
         *(low_rank or (None, None)),
         out,
@@ -296,9 +309,10 @@ def launch_grouped_gemm(
         N,
         low_rank.low.shape[1] if low_rank else 0,
         rows.stride(0),
-        *weight.stride(),
+        *(weight.stride() if descriptor is None else (0, 0, 0)),
         *(low_rank.factor.stride() if low_rank else (0, 0, 0)),
         GATHER=gather,
+        DESCRIBED="" if descriptor is None else last,
         SCALED_K=scale is not None and scale_reduced,
         EVEN_K=K % tile.block_k == 0,
         EVEN_N=N % tile.block_n == 0,

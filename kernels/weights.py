@@ -1,9 +1,16 @@
-"""Weights stored in 8 bits: what a GEMM's load makes of them.
+"""Weights on their way into a GEMM: through pointers or TMA descriptors, in the rows' dtype or in 8 bits.
 
-The weight is float(stored) * scale of its row, a row being what a projection computes one output from. Stored is int8,
-or float8_e4m3fn: as such where the GPU converts it (compute capability 8.9 and later), and as uint8, its bits, where it
-does not. Either is read with half the bytes of bfloat16 and fits exactly into bfloat16, float16 and float32, so that
-the tensor cores multiply what is stored, and the only questions are where the scale goes and what rounds:
+A descriptor (Hopper and later) describes a matrix per expert, [E, rows, columns], to the TMA unit, which then copies
+whole tiles into shared memory at the word of one thread: no address arithmetic, no registers, and zeros beyond an
+expert's rows and columns. It is made on the host for each launch and passed by value, so that it is bound to no thread,
+no scratch memory and no allocator, and is captured in a CUDA graph like any argument. Rows of activations, which are
+gathered, go on coming through pipelined 16-byte copies; what TMA cannot describe comes through pointers.
+
+In 8 bits, the weight is float(stored) * scale of its row, a row being what a projection computes one output from.
+Stored is int8, or float8_e4m3fn: as such where the GPU converts it (compute capability 8.9 and later), and as uint8,
+its bits, where it does not. Either is read with half the bytes of bfloat16 and fits exactly into bfloat16, float16 and
+float32, so that the tensor cores multiply what is stored, and the only questions are where the scale goes and what
+rounds:
 
 - A projection's output has one column per row of the weight. Its scale multiplies the float32 sum, once and unrounded,
   before a low-rank update is added.
@@ -14,13 +21,33 @@ the tensor cores multiply what is stored, and the only questions are where the s
   through registers, as the weights do anyway.
 """
 
+import functools
+import logging
 from dataclasses import replace
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .arithmetic import INTERPRETED, round_to
 from .tiles import ExpertTiles
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before Triton 3.4
+    TensorDescriptor = None
+
+logger = logging.getLogger("omnigene_fast")
+
+
+@triton.jit
+def described_tile(descriptor, expert, row, column, TRANSPOSED: tl.constexpr):
+    """The tile of an expert's matrix that begins at (row, column), zero outside the matrix."""
+    tile = descriptor.load([expert.to(tl.int32), row, column])
+    tile = tl.reshape(tile, [tile.shape[1], tile.shape[2]])
+    return tl.trans(tile) if TRANSPOSED else tile
 
 
 @triton.jit
@@ -72,10 +99,44 @@ def scale_of_steps(scale_ptr, step, in_step, EVEN: tl.constexpr):
         return tl.load(scale_ptr + step, mask=in_step, other=0.0)[:, None]
 
 
+def describe(weight: Tensor, rows: int, columns: int) -> Any | None:
+    """A descriptor of `weight` [E, ..., contiguous] for tiles of `rows` x `columns`, or None if TMA cannot serve it,
+    whose reason is logged once."""
+    reason = _undescribable(weight)
+    if reason is None:
+        return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [1, rows, columns])
+    _log_once(reason)
+    return None
+
+
+def _undescribable(weight: Tensor) -> str | None:
+    if TensorDescriptor is None:
+        return f"Triton {triton.__version__} has no host-side tensor descriptors"
+    if weight.is_cuda and not _has_tma(weight.device):
+        return f"{torch.cuda.get_device_name(weight.device)} has no TMA unit"
+    if weight.dtype.itemsize > 2:
+        return "float32 weights are multiplied outside the tensor cores"
+    if weight.stride(-1) != 1 or any(stride * weight.dtype.itemsize % 16 for stride in weight.stride()[:-1]):
+        return "rows of the weights are not multiples of 16 bytes apart"
+    if weight.data_ptr() % 16:
+        return "the weights do not begin at a multiple of 16 bytes"
+    return None
+
+
+@functools.cache
+def _has_tma(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.info("Weights are read through pointers and not by TMA: %s.", reason)
+
+
 def tiles_of_8_bits(tiles: ExpertTiles, bits: bool) -> ExpertTiles:
     """`tiles` for weights in 8 bits, which pass through registers: no room for two accumulators of 128 columns.
 
-    With `bits`, e4m3 is converted by integer arithmetic: from 64 rows on, half a reduction step leaves registers for it.
+    With `bits`, e4m3 is converted by integer arithmetic, which from 64 rows on leaves registers for half the step.
     """
     up = replace(tiles.up, block_n=min(tiles.up.block_n, 64))
     if bits and up.block_m >= 64:

@@ -81,6 +81,7 @@ def every_config():
             gemms = (choice.up, choice.down, choice.down_bwd)
             blocks = tuple((tile.block_m, tile.block_n, tile.block_k) for tile in gemms)
             kind = "" if not lora else "-lora" if choice.up.chain else "-lora-unchained"
+            kind += "-tma" if any(tile.tma for tile in gemms) else ""
             name = f"{str(dtype)[6:]}{kind}-" + "-".join("x".join(map(str, block)) for block in blocks)
             seen.setdefault(name, pytest.param(dtype, lora, choice, id=name))
     return list(seen.values())
