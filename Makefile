@@ -1,6 +1,7 @@
 # make demo   create .venv, install everything, run the demo
 # make test   the same install, then ruff, mypy and the whole test suite
 # make bench  measure this machine; rows and plot in bench/results
+# make kernels  compile every GPU kernel, without a GPU, and write docs/kernels.md
 # Needs Python >= 3.11 with venv and, for the C++ kernels, a C++ compiler (Debian, Ubuntu: python3-venv python3-dev g++).
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ CPU_TORCH := $(shell sed -n 's/^torch==//p' constraints-cpu.txt)
 # Without a GPU, a CPU build of torch and nothing of CUDA: from the configured index if it offers one, else from PyTorch's.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: demo test lint typecheck pytest bench tables install clean
+.PHONY: demo test lint typecheck pytest bench tables kernels install clean
 
 demo: $(INSTALLED)
 	$(BIN)/omnigene-fast demo
@@ -37,6 +38,9 @@ bench: $(INSTALLED)
 
 tables: $(INSTALLED)
 	$(BIN)/python -m omnigene_fast.bench.report --readme README.md
+
+kernels: $(INSTALLED)
+	$(BIN)/omnigene-fast kernels --check --markdown docs/kernels.md
 
 install: $(INSTALLED)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from . import cli_trace, cli_tune
+from . import cli_kernels, cli_trace, cli_tune
 from .cli_options import DTYPES, dtype_of, numbers, parse_device, sentence, set_threads, words
 
 
@@ -164,5 +164,5 @@ def bench(
         click.echo(f"\nrows: {out}\nplot: none, matplotlib is not installed (pip install 'omnigene-fast[bench]')")
 
 
-for _command in (*cli_trace.COMMANDS, *cli_tune.COMMANDS):
+for _command in (*cli_trace.COMMANDS, cli_kernels.kernels, *cli_tune.COMMANDS):
     main.add_command(_command)

@@ -26,7 +26,7 @@ LAUNCHING = [
 
 collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else LAUNCHING
 if INTERPRETED:
-    collect_ignore = ["test_in_interpreter.py", "test_aot.py", "test_triton_backend.py"]
+    collect_ignore = ["test_in_interpreter.py", "test_aot.py", "test_resources.py", "test_triton_backend.py"]
 
 
 def pytest_collection_modifyitems(items):
