@@ -85,6 +85,7 @@ setup(
     package_data={
         "omnigene_fast": ["py.typed"],
         "omnigene_fast.kernels": ["tuned/*.json"],
+        "omnigene_fast.cuda.src": ["*.cu", "*.cuh"],
         "omnigene_fast.data": ["*.jsonl", "*.md"],
     },
     ext_modules=[

@@ -18,6 +18,8 @@ PACKAGES = (
     "torch",
     "transformers",
     "triton",
+    "cuda-core",
+    "nvidia-cuda-nvrtc",
     "numpy",
     "peft",
     "accelerate",
@@ -32,7 +34,13 @@ PACKAGES = (
     "plotly",
     "scipy",
 )
-VARIABLES = ("OMNIGENE_FAST_CPU_ISA", "OMNIGENE_FAST_CHECK_IDS", "OMNIGENE_FAST_TUNED", "TRITON_INTERPRET")
+VARIABLES = (
+    "OMNIGENE_FAST_CPU_ISA",
+    "OMNIGENE_FAST_CHECK_IDS",
+    "OMNIGENE_FAST_DECODE",
+    "OMNIGENE_FAST_TUNED",
+    "TRITON_INTERPRET",
+)
 
 
 def report() -> str:
@@ -44,7 +52,9 @@ def report() -> str:
             "device",
             [("cpu", f"{cpu_name()}, {_threads()}"), ("memory", _memory()), ("gpu", _gpu()), ("tiles", _tiles())],
         ),
-        *_section("backends", [(name, _backend(name)) for name in ("cpu", "triton", "reference")]),
+        *_section(
+            "backends", [*((name, _backend(name)) for name in ("cpu", "triton", "reference")), ("decode", _decode())]
+        ),
         *_section("traces", [("browser", _browser())]),
         *_section("versions", [("python", platform.python_version()), *((n, _package(n)) for n in PACKAGES[1:])]),
         *_section("environment", [(name, os.environ.get(name, "not set")) for name in VARIABLES]),
@@ -231,3 +241,18 @@ def _backend(name: str) -> str:
     if reason is not None:
         return f"not available: {reason}"
     return f"ready: C++ kernels for {isa()}" if name == "cpu" else f"ready: Triton kernels on {device_name(device)}"
+
+
+def _decode() -> str:
+    """The CUDA C++ kernels that serve up to 16 tokens in the place of the Triton backend's grouped GEMM."""
+    from .cuda import decode, nvrtc, unavailable
+
+    if not decode.enabled():
+        return "turned off by OMNIGENE_FAST_DECODE=0: Triton serves every number of tokens"
+    if (reason := unavailable()) is not None:
+        return f"not available, so that Triton serves every number of tokens: {reason}"
+    compiler = f"CUDA C++ kernels for T <= {decode.MAX_TOKENS}, compiled by NVRTC {nvrtc.version()}"
+    if not torch.cuda.is_available():
+        return f"{compiler}, and no GPU to run them"
+    reason = unavailable(torch.device("cuda"))
+    return f"ready: {compiler}" if reason is None else f"not available, so that Triton serves every T: {reason}"

@@ -121,6 +121,7 @@ def expert_mlp(
     tiles: "ExpertTiles | None" = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`omnigene_fast.ops.expert_mlp` on validated arguments; `tiles` overrides the choice of `kernels.tiles`."""
+    from ..cuda import decode
     from ..kernels.combine import launch_combine_fwd
     from ..kernels.dispatch import launch_dispatch_fwd
     from ..kernels.expert_forward import launch_expert_down_fwd, launch_expert_up_fwd
@@ -133,6 +134,8 @@ def expert_mlp(
     if os.environ.get("OMNIGENE_FAST_CHECK_IDS") == "1":
         _check_ids(index, E, expert_parallel)
     with _on(hidden.device):
+        if tiles is None and decode.serves(hidden, gate_up_proj, index, lora, save_preactivation):
+            return decode.expert_mlp(hidden, gate_up_proj, down_proj, index, weights, activation, scales), None
         hidden = _last_contiguous(hidden)
         gate_up_proj, down_proj, scales = _readable(gate_up_proj, down_proj, scales)
         tiles = tiles or _tiles(index, lora, hidden, gate_up_proj, down_proj)
