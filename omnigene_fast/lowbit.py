@@ -55,13 +55,14 @@ def check_format(name: str, format: str) -> None:
 
 @torch.no_grad()
 def row_scales(weight: Tensor, format: str) -> Tensor:
-    """The scale [E, rows] float32 of each row of `weight`; NaN or infinity where the row holds one."""
+    """The scale [E, rows] float32 of each row of `weight`; infinity where the row has no finite 8-bit form."""
     largest = FORMATS[format][1]
 
     def of_expert(expert: int, out: Tensor) -> None:
         if weight.shape[2]:
             scale = weight[expert].abs().amax(-1).float() / largest
-            out.copy_(scale.masked_fill(scale == 0, 1))  # zeros, and what is too small for a float32 scale
+            scale.masked_fill_(scale == 0, 1)  # zeros, and what is too small for a float32 scale
+            out.copy_(scale.masked_fill_(~(scale * largest).isfinite(), torch.inf))
         else:
             out.fill_(1)
 
