@@ -74,9 +74,12 @@ def accelerate(
         the model's dtype. They are the rounded weights, float(stored) * scale, not those of the checkpoint that was
         loaded. They are built in main memory, all layers at once, as `state_dict` returns them together; this includes
         PEFT's `save_pretrained`, which asks for a whole state dict unless it is given one. `load_state_dict` rounds
-        what it loads. DDP and FSDP2 (`fully_shard`) take the 8 bits as any frozen parameter; sharded, the state dict
-        has the same shards in the model's dtype, but neither `load_state_dict` nor `restore` work, and FSDP's mixed
-        precision does not change the dtype that the experts compute in.
+        what it loads. Offloading by the accelerate library is refused, as it goes through the state dict.
+
+        DDP and FSDP2 (`fully_shard`) take the 8 bits as any frozen parameter. With DDP's `broadcast_buffers=False` the
+        scales are not sent in every step. Sharded by FSDP2, the state dict has the same shards in the model's dtype;
+        `load_state_dict` and `restore` are refused, and its mixed precision does not change the dtype that the experts
+        compute in.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
