@@ -31,7 +31,7 @@ from .helpers import (
     tokens,
 )
 from .test_integration import snapshot
-from .test_peft import ORDERS, adapt, assert_same_step, config, train_step
+from .test_peft import ORDERS, WEIGHT_BYTES, adapt, assert_same_step, config, train_step
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 FORMATS = list(lowbit.FORMATS)
@@ -62,9 +62,10 @@ def contents(model):
     """The bits of every experts module: stored projections and scales."""
     return [
         tensor.clone()
-        for layer in moe_layers(model)
+        for module in model.modules()
+        if storage.bits(module) is not None
         for name in storage.PROJECTIONS
-        for tensor in storage.stored(layer.experts, name)
+        for tensor in storage.stored(module, name)
     ]
 
 
@@ -381,6 +382,24 @@ def test_another_implementation_is_no_silent_garbage():
         model.set_experts_implementation(name)
         with pytest.raises(RuntimeError):
             logits(model)
+
+
+@pytest.mark.parametrize("order", ["hooks first", "accelerate first"])
+def test_device_hooks_of_the_accelerate_library(order):
+    """Hooks that only move the inputs are served; offloading, which reads the state dict, is not."""
+    from accelerate import cpu_offload, dispatch_model
+
+    model = helpers.gemma4()
+    if order == "accelerate first":
+        accelerate(model, "int8")
+    model = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    if order == "hooks first":
+        accelerate(model, "int8")
+    assert relative_error(logits(model), logits(accelerate(helpers.gemma4(), "int8"))) < 1e-5
+    offloaded = helpers.gemma4() if order == "hooks first" else accelerate(helpers.gemma4(), "int8")
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="load the model without offloading"):
+        logits(accelerate(offloaded, "int8"))
 
 
 # --- what cannot be stored --------------------------------------------------------------------------------------------
@@ -740,6 +759,27 @@ def test_pefts_own_way_is_refused(monkeypatch):
         ours(tokens(), adapter_names=["default", "default"])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_weight_is_built_in_a_step(backend):
+    """Neither the sum with the adapter nor the floating weights of all experts; the stock model is the control."""
+    ours, stock = pair("int8", config(), backend=backend)
+    largest = []
+    for model in (ours, stock):
+        train_step(model)
+        with allocations() as sizes:
+            train_step(model)
+        largest.append(max(sizes))
+    assert largest[0] < WEIGHT_BYTES <= largest[1]
+
+
+def test_storing_allocates_one_layer_and_one_expert():
+    model = helpers.gemma4()
+    with allocations() as sizes:
+        accelerate(model, "int8")
+    assert max(sizes) == WEIGHT_BYTES // 4  # the 8 bits of gate_up_proj
+    assert sorted(sizes)[-7] <= WEIGHT_BYTES // EXPERTS  # three layers of two projections, then one expert in float32
+
+
 # --- the surroundings -------------------------------------------------------------------------------------------------
 
 
@@ -776,6 +816,34 @@ def test_generate_equals_the_rounded_stock_model(format):
     out = model.generate(tokens(2, 8), **options)
     assert torch.equal(out, stock.generate(tokens(2, 8), **options))
     assert len(set(out[0, 8:].tolist())) > 4
+
+
+def test_trainer_saves_and_resumes(tmp_path):
+    model = peft.get_peft_model(accelerate(helpers.gemma4(), "int8"), config())
+    samples = [{"input_ids": ids, "labels": ids} for ids in tokens(4, 24)]  # one batch
+    bits = contents(model)
+
+    def train(**options):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            gradient_checkpointing=True,
+            logging_steps=1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=samples)
+        trainer.train(**options)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    losses = train()
+    assert losses[3] < losses[0]
+    assert train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))[2:] == pytest.approx(losses[2:], rel=1e-5)
+    assert same_bits(contents(model), bits)
 
 
 def test_a_trace_says_how_the_experts_were_stored(tmp_path):

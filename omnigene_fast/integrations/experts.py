@@ -64,7 +64,8 @@ def experts_forward(
         [T, H] in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: experts of another layout, with biases, or with an unknown activation.
+        ValueError: experts of another layout, with biases, or with an unknown activation; stored in 8 bits and then
+            offloaded.
     """
     activation = activation_of(self)
     gate_up_proj, gate_up_lora = _projection(self, "gate_up_proj", lora)
@@ -73,6 +74,7 @@ def experts_forward(
     record, dtype = self.__dict__.get(RECORD, UNTOUCHED), gate_up_proj.dtype
     gate_up_scale = down_scale = None
     if lowbit.bits(self) is not None:
+        lowbit.check_not_offloaded(self)
         dtype = lowbit.compute_dtype(self)
         gate_up_proj, gate_up_scale = lowbit.stored(self, "gate_up_proj")
         down_proj, down_scale = lowbit.stored(self, "down_proj")

@@ -57,6 +57,19 @@ def stored(experts: Any, name: str) -> tuple[Tensor, Tensor]:
     return weight if weight.dtype == torch.int8 else weight.view(torch.float8_e4m3fn), scale.view(torch.float32)
 
 
+def check_not_offloaded(experts: nn.Module) -> None:
+    """ValueError if the accelerate library moves the weights of `experts` in and out around each call.
+
+    It takes them from the state dict, where they are floating, and would cast those to the dtype of the 8 bits.
+    """
+    hook = experts.__dict__.get("_hf_hook")
+    if hook is not None and any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+        raise ValueError(
+            "model: expected experts stored in 8 bits to stay on their device, got experts that the accelerate library"
+            " offloads; load the model without offloading."
+        )
+
+
 def plan(model: nn.Module, experts: Iterable[nn.Module], format: str) -> dict[nn.Module, list[Tensor]]:
     """Everything that can speak against storing `experts` in `format`, checked; nothing is changed.
 

@@ -62,8 +62,10 @@ def accelerate(
 
     Experts in 8 bits:
         The weight is float(stored) * scale of its row: int8 errs by at most half of amax / 127 of the row, fp8 by at
-        most 1/16 of each value; in logits int8 is about four times closer. The products are computed in the model's
-        dtype, which `model.to(dtype)` still changes; the 8 bits and the scales stay. The experts require no gradient
+        most 1/16 of each value. In a small model (4 layers, 32 experts of which 8 are chosen) the logits move by 0.7 %
+        with int8 and 2.2 % with fp8, and in the layers behind the first 2 % and 8 % of the tokens get another set of
+        experts; bfloat16 itself moves them by 1.6 % and 6 %. The products are computed in the model's dtype, which
+        `model.to(dtype)` still changes; the 8 bits and the scales stay. The experts require no gradient
         any more (`model.requires_grad_(True)` raises), so build the optimizer afterwards; LoRA on them trains, and its
         factors are float32 unless they were there before. Merging such an adapter brings the experts that it adapts
         back to the model's dtype. Only this package's experts implementation can run them. Rounding needs, besides the
@@ -74,9 +76,12 @@ def accelerate(
         the model's dtype. They are the rounded weights, float(stored) * scale, not those of the checkpoint that was
         loaded. They are built in main memory, all layers at once, as `state_dict` returns them together; this includes
         PEFT's `save_pretrained`, which asks for a whole state dict unless it is given one. `load_state_dict` rounds
-        what it loads. DDP and FSDP2 (`fully_shard`) take the 8 bits as any frozen parameter; sharded, the state dict
-        has the same shards in the model's dtype, but neither `load_state_dict` nor `restore` work, and FSDP's mixed
-        precision does not change the dtype that the experts compute in.
+        what it loads. Offloading by the accelerate library is refused, as it goes through the state dict.
+
+        DDP and FSDP2 (`fully_shard`) take the 8 bits as any frozen parameter. With DDP's `broadcast_buffers=False` the
+        scales are not sent in every step. Sharded by FSDP2, the state dict has the same shards in the model's dtype;
+        `load_state_dict` and `restore` are refused, and its mixed precision does not change the dtype that the experts
+        compute in.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
