@@ -35,7 +35,7 @@ from .test_peft import ORDERS, WEIGHT_BYTES, adapt, assert_same_step, config, tr
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 FORMATS = list(lowbit.FORMATS)
-BACKENDS = ["reference", "cpu", "auto"]  # that take scales on the CPU: add "cpu" and "auto" with the C++ kernels for 8 bits
+BACKENDS = ["reference", "cpu", "auto"]
 DEFAULT = BACKENDS[-1]
 
 restore = omnigene_fast.restore
