@@ -39,7 +39,7 @@ from .grouped_gemm import (
     tile_table,
 )
 from .tiles import Tile
-from .weights import describe, described_tile, scale_of_steps, widen
+from .weights import describe, described_tile, widen_step
 
 
 @triton.jit
@@ -118,17 +118,19 @@ def _expert_down_bwd_kernel(
     if not DESCRIBED:
         down_ptrs = down_ptr + expert * stride_expert + k.to(tl.int64)[:, None] * stride_row + wide_n[None, :]
 
+    if scale_ptr is not None:
+        scale_ptr += expert * H
+
     a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, H, BLOCK_K):
         in_k = k < H - start
         g = load_tile(grad_ptrs, inside, in_k, True, EVEN_K)
-        scale = scale_of_steps(scale_ptr if scale_ptr is None else scale_ptr + expert * H, start + k, in_k, EVEN_K)
         if DESCRIBED:
             down = described_tile(down_ptr, expert, start, column * BLOCK_N, False)
         else:
             down = load_tile(down_ptrs, in_k, n < I, EVEN_K, EVEN_N)
-            down_ptrs += BLOCK_K * stride_row
-        a = dot(g, widen(down, scale, g.dtype), a)
+            down_ptrs += tl.cast(stride_row, tl.int64) * BLOCK_K
+        a = dot(g, widen_step(down, scale_ptr, start + k, in_k, EVEN_K, g.dtype), a)
         grad_ptrs += BLOCK_K
     if low_ptr is not None:
         a = add_low_rank(

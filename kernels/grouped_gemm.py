@@ -24,7 +24,7 @@ from torch import Tensor
 from .arithmetic import dot, round_to
 from .dispatch import Dispatch
 from .tiles import Tile
-from .weights import describe, described_tile, scale_columns, scale_of_steps, widen
+from .weights import describe, described_tile, scale_columns, widen_step
 
 GROUP_M = 8
 
@@ -86,7 +86,7 @@ def add_low_rank(
     for _ in range(0, rank, BLOCK_R):
         update = dot(tl.load(low_ptrs), load_tile(factor_ptrs, r >= 0, in_column, True, EVEN_COLUMNS), update)
         low_ptrs += BLOCK_R
-        factor_ptrs += BLOCK_R * stride_rank
+        factor_ptrs += tl.cast(stride_rank, tl.int64) * BLOCK_R
     return update if CHAIN else total + update
 
 
@@ -172,22 +172,25 @@ def _grouped_gemm_kernel(
         weight_ptrs = weight_ptr + expert * stride_expert
         weight_ptrs += k.to(tl.int64)[:, None] * stride_k + wide_n[None, :] * stride_n
 
+    if scale_ptr is not None:
+        scale_ptr += expert * (K if SCALED_K else N)
+
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         in_k = k < K - start
         x = load_tile(rows_ptrs, inside, in_k, True, EVEN_K)
-        scale = scale_of_steps(scale_ptr + expert * K if SCALED_K else None, start + k, in_k, EVEN_K)
         if DESCRIBED == "k":
             weight = described_tile(weight_ptr, expert, column * BLOCK_N, start, True)
         elif DESCRIBED == "n":
             weight = described_tile(weight_ptr, expert, start, column * BLOCK_N, False)
         else:
             weight = load_tile(weight_ptrs, in_k, n < N, EVEN_K, EVEN_N)
-            weight_ptrs += BLOCK_K * stride_k
-        total = dot(x, widen(weight, scale, x.dtype), total)
+            weight_ptrs += tl.cast(stride_k, tl.int64) * BLOCK_K
+        weight = widen_step(weight, scale_ptr if SCALED_K else None, start + k, in_k, EVEN_K, x.dtype)
+        total = dot(x, weight, total)
         rows_ptrs += BLOCK_K
     if scale_ptr is not None and not SCALED_K:
-        total = scale_columns(total, scale_ptr + expert * N, n, n < N)
+        total = scale_columns(total, scale_ptr, n, n < N)
     if low_ptr is not None:
         total = add_low_rank(
             total,

@@ -89,14 +89,14 @@ def scale_columns(total, scale_ptr, column, in_column):
 
 
 @triton.jit
-def scale_of_steps(scale_ptr, step, in_step, EVEN: tl.constexpr):
-    """[BLOCK_K, 1] scales of the weights' rows that a reduction step sums over; None if there are none."""
+def widen_step(stored, scale_ptr, step, in_step, EVEN: tl.constexpr, dtype: tl.constexpr):
+    """`widen` for the weights [BLOCK_K, columns] of a reduction step, each row with its scale if there are scales."""
     if scale_ptr is None:
-        return None
+        return widen(stored, None, dtype)
     elif EVEN:
-        return tl.load(scale_ptr + step)[:, None]
+        return widen(stored, tl.load(scale_ptr + step)[:, None], dtype)
     else:
-        return tl.load(scale_ptr + step, mask=in_step, other=0.0)[:, None]
+        return widen(stored, tl.load(scale_ptr + step, mask=in_step, other=0.0)[:, None], dtype)
 
 
 def describe(weight: Tensor, rows: int, columns: int) -> Any | None:

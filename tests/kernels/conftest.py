@@ -16,6 +16,7 @@ LAUNCHING = [
     "test_expert_backward.py",
     "test_expert_forward.py",
     "test_expert_low_bits.py",
+    "test_expert_strides.py",
     "test_expert_tma.py",
     "test_gate.py",
     "test_gate_backward.py",
