@@ -53,8 +53,8 @@ def _unavailable(index: int | None, device_type: str) -> str | None:
         return f"NVRTC {version} does not know compute capability {major}.{minor}; `pip install -U nvidia-cuda-nvrtc`."
     from cuda.bindings import driver
 
-    error, supported = driver.cuDriverGetVersion()
-    if error == driver.CUresult.CUDA_SUCCESS and supported // 1000 < int(version.split(".")[0]):
+    status, supported = driver.cuDriverGetVersion()
+    if status == driver.CUresult.CUDA_SUCCESS and supported // 1000 < int(version.split(".")[0]):
         return (
             f"the driver supports CUDA {supported // 1000}.{supported % 1000 // 10} and cannot load what NVRTC"
             f" {version} compiles; update the driver, or install cuda-bindings and NVRTC of the driver's CUDA version."
@@ -76,7 +76,7 @@ def launch(device: torch.device, launches: "Iterable[Launch]") -> None:
     if not getattr(_here, "ready", False):
         core.Device(index).set_current()  # a thread that never called CUDA has no context yet
         _here.ready = True
-    stream = _stream(torch.cuda.current_stream(device).cuda_stream)
+    stream = _stream(index, torch.cuda.current_stream(device).cuda_stream)
     for item in launches:
         arguments = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in item.arguments]
         config = _config(item.grid, item.kernel.threads, item.after_previous and _compute_major(index) >= 9)
@@ -87,7 +87,7 @@ _here = threading.local()
 
 
 class _TorchStream:
-    """A stream of torch's, for cuda.core."""
+    """What cuda.core asks of a stream that is not its own."""
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
@@ -97,8 +97,11 @@ class _TorchStream:
 
 
 @functools.lru_cache(maxsize=64)
-def _stream(handle: int) -> _TorchStream:
-    return _TorchStream(handle)
+def _stream(index: int, handle: int) -> Any:
+    """A stream of torch's, which torch keeps for good, as cuda.core sees it."""
+    from cuda.core import Device
+
+    return Device(index).create_stream(_TorchStream(handle))
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,7 +3,8 @@
 //
 // It is stricter than a GPU where that shows mistakes: shared memory is poisoned before each block, reads and writes
 // outside the tensors of a launch and unaligned ones fail, so do lanes that meet in different instructions and threads
-// that wait for one that has left. The order of blocks, and of threads between two meetings, is drawn from a seed.
+// that wait for one that has left. The order of blocks, of threads
+// between two meetings, and how fast each warp runs, are drawn from a seed.
 #pragma once
 
 #include <ucontext.h>
@@ -162,8 +163,14 @@ inline void run_block(const std::vector<int>& threads_in, std::mt19937& random, 
     for (int alive = threads; alive;) {
         if (shuffled) std::shuffle(order.begin(), order.end(), random);
         bool progress = false;
+        // Warps have a pace of their own: some stand still while others run ahead of them.
+        const u32 standing = shuffled ? random() & random() : 0;
         for (int i : order) {
             if (fibers[i]->state != READY) continue;
+            if (standing >> (i / 32 % 32) & 1) {
+                progress = true;
+                continue;
+            }
             machine.current = fibers[i];
             swapcontext(&machine.scheduler, &machine.current->context);
             progress = true;
