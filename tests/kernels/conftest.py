@@ -17,6 +17,7 @@ LAUNCHING = [
     "test_expert_forward.py",
     "test_gate.py",
     "test_gate_backward.py",
+    "test_gate_tickets.py",
     "test_gate_trace.py",
     "test_trace_model.py",
 ]
