@@ -5,12 +5,12 @@ projection is what takes time: 720 KB of weights through multiprocessors that ea
 So its experts are split over programs, and the last program of a token tile (tickets.py) goes on with the tile's
 logits; `tiles.route_tile` picks the form and says by which prediction.
 
-| form                    | kernels                         | serves                                                       |
-|-------------------------|---------------------------------|--------------------------------------------------------------|
-| a token per program     | `_route_token_fwd`              | few tokens; float32 arithmetic without tensor cores          |
-| a token tile, selecting | `_route_fwd`                    | up to some 1,000 tokens, at most 512 experts                 |
-| a token tile, no select | `_route_fwd`, `_topk_gate_fwd`  | more of either                                               |
-| torch's GEMM            | `_norm_scale_fwd`, `_topk_gate_fwd` | float32 products from 256 tokens or past 512 experts     |
+| form                    | kernels                             | serves                                               |
+|-------------------------|-------------------------------------|------------------------------------------------------|
+| a token per program     | `_route_token_fwd`                  | few tokens, at most 512 experts                      |
+| a token tile, selecting | `_route_fwd`                        | up to some 1,000 tokens, at most 512 experts         |
+| a token tile, no choice | `_route_fwd`, `_topk_gate_fwd`      | more of either                                       |
+| torch's GEMM            | `_norm_scale_fwd`, `_topk_gate_fwd` | float32 products from 256 tokens or past 512 experts |
 
 | array         | shape  | dtype           | meaning                                                                |
 |---------------|--------|-----------------|------------------------------------------------------------------------|
@@ -88,10 +88,9 @@ def _select_if_last(
     the parts of all programs before what the last one reads; it reads past its first-level cache.
     """
     tl.debug_barrier()
+    is_last = True
     if SPLITS > 1:
         is_last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-    else:
-        is_last = True
     if is_last:
         if SPLITS > 1:
             tl.store(ticket_ptr, 0)
