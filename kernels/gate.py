@@ -1,8 +1,16 @@
 """Router: RMSNorm without weight, scale, projection, softmax, top-k, renormalise, per-expert scale.
 
-Fewer than 256 tokens take one launch (`launch_route_fwd`, which projects inside the kernel). More tokens take a norm
-kernel, torch's GEMM, and a kernel for all that follows the logits, which also serves routers whose projection is a
-module of its own (`launch_topk_gate_fwd`).
+One launch up to about a thousand tokens, two above, and in both the trace is written by the launch that chooses. The
+projection is what takes time: 720 KB of weights through multiprocessors that each take in some 50 bytes per nanosecond.
+So its experts are split over programs, and the last program of a token tile (tickets.py) goes on with the tile's
+logits; `tiles.route_tile` picks the form and says by which prediction.
+
+| form                    | kernels                             | serves                                               |
+|-------------------------|-------------------------------------|------------------------------------------------------|
+| a token per program     | `_route_token_fwd`                  | few tokens, at most 512 experts                      |
+| a token tile, selecting | `_route_fwd`                        | up to some 1,000 tokens, at most 512 experts         |
+| a token tile, no choice | `_route_fwd`, `_topk_gate_fwd`      | more of either                                       |
+| torch's GEMM            | `_norm_scale_fwd`, `_topk_gate_fwd` | float32 products from 256 tokens or past 512 experts |
 
 | array         | shape  | dtype           | meaning                                                                |
 |---------------|--------|-----------------|------------------------------------------------------------------------|
@@ -27,14 +35,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import dot, round_to
-from .tiles import MAX_FUSED_EXPERTS, RouteTile, route_tile
+from .gate_select import TRACE_POINTERS, gate_outputs, last_contiguous, launch_topk_gate_fwd, select_and_store
+from .tickets import tickets
+from .tiles import MAX_FUSED_EXPERTS, RouteTile, kernel_numerics, route_tile, takes_float_products
 
 if TYPE_CHECKING:
     from ..backends import TraceBuffers
 
-FUSED_BELOW = 256  # tokens; from here the projection fills the GPU as a GEMM of its own
-# A trace may begin at any row of a larger buffer, and its alignment must not decide which kernel is compiled.
-_TRACE = ("trace_ids_ptr", "trace_weights_ptr", "trace_stats_ptr")
+GEMM_FROM = 256  # tokens; from here products of float32 fill the GPU as a GEMM of their own
+_UNALIGNED = (*TRACE_POINTERS, "ticket_ptr")  # any row of a buffer
 
 
 @triton.jit
@@ -53,9 +62,10 @@ def _norm_scale_hf(x, reciprocal, scale, root):
 
 
 @triton.jit
-def _select_and_store(
-    logits,
-    token,
+def _select_if_last(
+    ticket_ptr,
+    first,
+    end,
     expert_scale_ptr,
     probabilities_ptr,
     weights_ptr,
@@ -63,70 +73,56 @@ def _select_and_store(
     trace_ids_ptr,
     trace_weights_ptr,
     trace_stats_ptr,
-    T,
     E,
     top_k,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Softmax, top-k, renormalise, scale and store for a tile of fp32 logits [rows, BLOCK_E] of the tokens [rows].
+    """The rest of the router for the tokens first .. end-1, in the program that stored the last part of their logits,
+    which lie where the probabilities go. ROWS tokens at a time.
 
-    A key holds the bits of a probability (which order as integers, being >= 0) above E-1-id, so one integer maximum
-    finds the largest probability and, among equals, the lowest id. Keys of a NaN row keep only the id.
+    All threads have stored their logits before the first one takes the ticket, and its acquiring and releasing order
+    the parts of all programs before what the last one reads; it reads past its first-level cache.
     """
-    expert = tl.arange(0, BLOCK_E)[None, :]
-    real = expert < E
-    logits = tl.where(real, logits, float("-inf"))
-    below = logits - tl.max(logits, 1)[:, None]
-    exponential = tl.where(real, tl.exp(below), 0.0)
-    total = tl.sum(exponential, 1)[:, None]
-    probability = exponential / total
-    row = token.to(tl.int64)[:, None]
-    inside = token[:, None] < T
-    tl.store(probabilities_ptr + row * E + expert, probability, mask=inside & real)
-
-    if trace_stats_ptr is not None:
-        # ln p = below - ln total, so one logarithm serves all experts; where p is 0, `below` may be -Inf.
-        inner = tl.sum(probability * tl.where(probability > 0.0, below, 0.0), 1)[:, None]
-        entropy = tl.log(total) - inner
-
-    bits = tl.where(probability == probability, probability.to(tl.int32, bitcast=True), 0)
-    key = (bits.to(tl.int64) << 32) | (E - 1 - expert).to(tl.int64)
-    key = tl.where(real, key, -1)
-    slot = tl.arange(0, BLOCK_K)[None, :]
-    best = tl.zeros([logits.shape[0], BLOCK_K], tl.int64)
-    for k in range(0, top_k):
-        largest = tl.max(key, 1)[:, None]
-        best = tl.where(slot == k, largest, best)
-        key = tl.where(key == largest, -1, key)
-
-    chosen = slot < top_k
-    index = (E - 1) - (best & 0x7FFFFFFF)
-    value = tl.where(chosen, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True), 0.0)
-    expert_scale = tl.load(expert_scale_ptr + index, mask=chosen, other=0.0).to(tl.float32)
-    mass = tl.sum(value, 1)[:, None]
-    weight = value / mass * expert_scale
-    tl.store(weights_ptr + row * top_k + slot, weight, mask=inside & chosen)
-    tl.store(index_ptr + row * top_k + slot, index, mask=inside & chosen)
-
-    if trace_ids_ptr is not None:
-        trace_id = index.to(trace_ids_ptr.dtype.element_ty)
-        tl.store(trace_ids_ptr + row * top_k + slot, trace_id, mask=inside & chosen)
-    if trace_weights_ptr is not None:
-        tl.store(trace_weights_ptr + row * top_k + slot, round_to(weight, tl.float16), mask=inside & chosen)
-    if trace_stats_ptr is not None:
-        last = tl.sum(tl.where(slot == top_k - 1, value, 0.0), 1)[:, None]
-        # No key is left, only -1, where all experts were chosen.
-        following = tl.maximum(tl.max(key, 1), 0)[:, None]
-        margin = last - (following >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        stat = tl.arange(0, 4)[None, :]
-        stats = tl.where(stat == 0, entropy, tl.where(stat == 1, mass, margin))
-        stats = tl.where(total == total, stats, float("nan"))
-        tl.store(trace_stats_ptr + row * 3 + stat, round_to(stats, tl.float16), mask=inside & (stat < 3))
+    tl.debug_barrier()
+    is_last = True
+    if SPLITS > 1:
+        is_last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if is_last:
+        if SPLITS > 1:
+            tl.store(ticket_ptr, 0)
+        expert = tl.arange(0, BLOCK_E)[None, :]
+        for start in range(0, BLOCK_T, ROWS):
+            token = first + start + tl.arange(0, ROWS)
+            logits = tl.load(
+                probabilities_ptr + token.to(tl.int64)[:, None] * E + expert,
+                mask=(token < end)[:, None] & (expert < E),
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            select_and_store(
+                logits,
+                token,
+                end,
+                expert_scale_ptr,
+                probabilities_ptr,
+                weights_ptr,
+                index_ptr,
+                trace_ids_ptr,
+                trace_weights_ptr,
+                trace_stats_ptr,
+                E,
+                top_k,
+                BLOCK_E,
+                BLOCK_K,
+            )
 
 
-@triton.jit(do_not_specialize_on_alignment=_TRACE)
-def _route_fwd_kernel(
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
+def _route_token_fwd_kernel(
     hidden_ptr,
     proj_ptr,
     scale_ptr,
@@ -137,6 +133,7 @@ def _route_fwd_kernel(
     trace_ids_ptr,
     trace_weights_ptr,
     trace_stats_ptr,
+    ticket_ptr,
     T,
     H,
     E,
@@ -146,69 +143,41 @@ def _route_fwd_kernel(
     stride_hidden,
     stride_proj,
     NUMERICS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """The whole router in one launch. Grid: (cdiv(T, BLOCK_T),); a program owns BLOCK_T tokens and all experts.
+    """The whole router in one launch, for few tokens. Grid: (T * SPLITS,); a program owns one token and BLOCK_N
+    experts, and one program of each token the rest.
 
-    NUMERICS "hf" rounds like transformers; "fp32" keeps float32, with float32 operands of the dot; "fp32_split" does
-    so for bfloat16 inputs on tensor cores: a product of two bfloat16 is exactly the sum of a high and a low bfloat16,
-    and each of these has its accumulator.
-
-    hidden_ptr         [T, H] bf16, fp16 or fp32, rows `stride_hidden` apart
-    proj_ptr           [E, H] same dtype, rows `stride_proj` apart
-    scale_ptr          [H] same dtype
-    expert_scale_ptr   [E] any float
-    probabilities_ptr  [T, E] fp32, written
-    weights_ptr        [T, K] fp32, written
-    index_ptr          [T, K] int64, written
-    trace_ids_ptr      [T, K] uint8 or int16, written; None: no trace
-    trace_weights_ptr  [T, K] fp16, written; or None
-    trace_stats_ptr    [T, 3] fp16, written: entropy in nats, mass of the chosen, p_K - p_(K+1); or None
+    All it reads is asked for at once, the projection's rows before the norm is known: one wait for memory.
+    Arguments: see `_route_fwd_kernel`; ticket_ptr is [T]. "fp32_split" is for tensor cores and does not occur.
     """
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = token < T
-    expert = tl.arange(0, BLOCK_E)
-    h = tl.arange(0, BLOCK_H)
-    hidden_ptrs = hidden_ptr + token.to(tl.int64)[:, None] * stride_hidden + h[None, :]
-    proj_ptrs = proj_ptr + expert.to(tl.int64)[None, :] * stride_proj + h[:, None]
-
-    # Nothing hides the latency of this pass, so it takes few, wide steps.
-    BLOCK_SQUARE: tl.constexpr = 16384 // BLOCK_T
-    s = tl.arange(0, BLOCK_SQUARE)[None, :]
-    square = tl.zeros([BLOCK_T, BLOCK_SQUARE], tl.float32)
-    for start in range(0, H, BLOCK_SQUARE):
-        square_ptrs = hidden_ptr + token.to(tl.int64)[:, None] * stride_hidden + start + s
-        x = tl.load(square_ptrs, mask=inside[:, None] & (s < H - start), other=0.0).to(tl.float32)
-        square += x * x
-    reciprocal = inverse_rms(tl.sum(square, 1), H, eps)[:, None]
-
-    logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    low = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    for start in range(0, H, BLOCK_H):
-        in_h = h < H - start
-        x = tl.load(hidden_ptrs + start, mask=inside[:, None] & in_h[None, :], other=0.0)
-        w = tl.load(proj_ptrs + start, mask=(expert < E)[None, :] & in_h[:, None], other=0.0)
-        scale = tl.load(scale_ptr + start + h, mask=in_h, other=0.0)[None, :]
-        if NUMERICS == "hf":
-            logits = dot(_norm_scale_hf(x, reciprocal, scale, root), w, logits)
-        elif NUMERICS == "fp32_split":
-            product = x.to(tl.float32) * scale.to(tl.float32)
-            high = round_to(product, tl.bfloat16)
-            logits = dot(high, w, logits)
-            low = dot(round_to(product - high.to(tl.float32), tl.bfloat16), w, low)
-        else:
-            scaled = x.to(tl.float32) * reciprocal * scale.to(tl.float32) * root
-            logits = dot(scaled, w.to(tl.float32), logits)
+    token = tl.program_id(0) // SPLITS
+    expert = tl.program_id(0) % SPLITS * BLOCK_N + tl.arange(0, BLOCK_N)
+    h = tl.arange(0, BLOCK_H)[None, :]
+    in_h = h < H
+    proj_ptrs = proj_ptr + expert.to(tl.int64)[:, None] * stride_proj + h
+    x = tl.load(hidden_ptr + token.to(tl.int64) * stride_hidden + h, mask=in_h, other=0.0)
+    w = tl.load(proj_ptrs, mask=(expert < E)[:, None] & in_h, other=0.0)
+    scale = tl.load(scale_ptr + h, mask=in_h, other=0.0)
+    wide = x.to(tl.float32)
+    reciprocal = inverse_rms(tl.sum(wide * wide, 1), H, eps)[:, None]
+    if NUMERICS == "hf":
+        scaled = _norm_scale_hf(x, reciprocal, scale, root).to(tl.float32)
+    else:
+        scaled = wide * reciprocal * scale.to(tl.float32) * root
+    logits = tl.sum(scaled * w.to(tl.float32), 1)
     if NUMERICS == "hf":
         logits = round_to(logits, hidden_ptr.dtype.element_ty).to(tl.float32)
-    if NUMERICS == "fp32_split":
-        logits = (logits + low) * (reciprocal * root)
-    _select_and_store(
-        logits,
+    tl.store(probabilities_ptr + token.to(tl.int64) * E + expert, logits, mask=expert < E)
+    _select_if_last(
+        ticket_ptr + token,
         token,
+        token + 1,
         expert_scale_ptr,
         probabilities_ptr,
         weights_ptr,
@@ -216,12 +185,135 @@ def _route_fwd_kernel(
         trace_ids_ptr,
         trace_weights_ptr,
         trace_stats_ptr,
-        T,
         E,
         top_k,
+        SPLITS,
+        1,
+        ROWS,
         BLOCK_E,
         BLOCK_K,
     )
+
+
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
+def _route_fwd_kernel(
+    hidden_ptr,
+    proj_ptr,
+    scale_ptr,
+    expert_scale_ptr,
+    logits_ptr,
+    weights_ptr,
+    index_ptr,
+    trace_ids_ptr,
+    trace_weights_ptr,
+    trace_stats_ptr,
+    ticket_ptr,
+    T,
+    H,
+    E,
+    top_k,
+    eps,
+    root,
+    stride_hidden,
+    stride_proj,
+    NUMERICS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SELECT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Norm and projection, and if SELECT the whole router. Grid: (cdiv(T, BLOCK_T) * SPLITS,); a program owns BLOCK_T
+    tokens and BLOCK_N experts, and one program of each token tile the rest.
+
+    NUMERICS "hf" rounds like transformers; "fp32" keeps float32, with float32 operands of the dot; "fp32_split" does
+    so for bfloat16 inputs on tensor cores: a product of two bfloat16 is exactly the sum of a high and a low bfloat16,
+    and each of these has its accumulator. It needs the norm at the end only, and so reads hidden once; the others read
+    it twice, the second time from its end, where the second-level cache still holds what was read last.
+
+    hidden_ptr         [T, H] bf16, fp16 or fp32, rows `stride_hidden` apart
+    proj_ptr           [E, H] same dtype, rows `stride_proj` apart
+    scale_ptr          [H] same dtype
+    expert_scale_ptr   [E] any float
+    logits_ptr         [T, E] written: the probabilities, fp32, if SELECT, else the logits, "hf" in the dtype of hidden
+    weights_ptr        [T, K] fp32, written; or None
+    index_ptr          [T, K] int64, written; or None
+    trace_ids_ptr      [T, K] uint8 or int16, written; None: no trace
+    trace_weights_ptr  [T, K] fp16, written; or None
+    trace_stats_ptr    [T, 3] fp16, written: entropy in nats, mass of the chosen, p_K - p_(K+1); or None
+    ticket_ptr         [cdiv(T, BLOCK_T)] int32, zeros before and after; or None: SPLITS is 1 or nothing is selected
+    """
+    first = tl.program_id(0) // SPLITS * BLOCK_T
+    token = first + tl.arange(0, BLOCK_T)
+    inside = token < T
+    expert = tl.program_id(0) % SPLITS * BLOCK_N + tl.arange(0, BLOCK_N)
+    h = tl.arange(0, BLOCK_H)
+    rows = hidden_ptr + token.to(tl.int64)[:, None] * stride_hidden
+    hidden_ptrs = rows + h[None, :]
+    proj_ptrs = proj_ptr + expert.to(tl.int64)[None, :] * stride_proj + h[:, None]
+
+    if NUMERICS == "fp32_split":
+        square = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    else:
+        # Nothing hides the latency of this pass, so it takes few, wide steps.
+        square = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
+        s = tl.arange(0, BLOCK_S)[None, :]
+        for start in range(0, H, BLOCK_S):
+            x = tl.load(rows + start + s, mask=inside[:, None] & (s < H - start), other=0.0).to(tl.float32)
+            square += x * x
+        reciprocal = inverse_rms(tl.sum(square, 1), H, eps)[:, None]
+
+    logits = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    low = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    steps = tl.cdiv(H, BLOCK_H)
+    for step in range(0, steps):
+        start = (steps - 1 - step) * BLOCK_H
+        in_h = h < H - start
+        x = tl.load(hidden_ptrs + start, mask=inside[:, None] & in_h[None, :], other=0.0)
+        w = tl.load(proj_ptrs + start, mask=(expert < E)[None, :] & in_h[:, None], other=0.0)
+        scale = tl.load(scale_ptr + start + h, mask=in_h, other=0.0)[None, :]
+        if NUMERICS == "hf":
+            logits = dot(_norm_scale_hf(x, reciprocal, scale, root), w, logits)
+        elif NUMERICS == "fp32_split":
+            wide = x.to(tl.float32)
+            square += wide * wide
+            product = wide * scale.to(tl.float32)
+            high = round_to(product, tl.bfloat16)
+            logits = dot(high, w, logits)
+            low = dot(round_to(product - high.to(tl.float32), tl.bfloat16), w, low)
+        else:
+            scaled = x.to(tl.float32) * reciprocal * scale.to(tl.float32) * root
+            logits = dot(scaled, w.to(tl.float32), logits)
+    if NUMERICS == "hf":
+        logits = round_to(logits, hidden_ptr.dtype.element_ty)
+    if NUMERICS == "fp32_split":
+        logits = (logits + low) * (inverse_rms(tl.sum(square, 1), H, eps)[:, None] * root)
+    logits_ptrs = logits_ptr + token.to(tl.int64)[:, None] * E + expert[None, :]
+    tl.store(logits_ptrs, logits.to(logits_ptr.dtype.element_ty), mask=inside[:, None] & (expert < E)[None, :])
+    if SELECT:
+        _select_if_last(
+            None if SPLITS == 1 else ticket_ptr + tl.program_id(0) // SPLITS,
+            first,
+            tl.minimum(first + BLOCK_T, T),
+            expert_scale_ptr,
+            logits_ptr,
+            weights_ptr,
+            index_ptr,
+            trace_ids_ptr,
+            trace_weights_ptr,
+            trace_stats_ptr,
+            E,
+            top_k,
+            SPLITS,
+            BLOCK_T,
+            ROWS,
+            BLOCK_E,
+            BLOCK_K,
+        )
 
 
 @triton.jit
@@ -260,60 +352,6 @@ def _norm_scale_fwd_kernel(
         tl.store(out_ptr + start + h, out, mask=h < H - start)
 
 
-@triton.jit(do_not_specialize_on_alignment=_TRACE)
-def _topk_gate_fwd_kernel(
-    logits_ptr,
-    expert_scale_ptr,
-    probabilities_ptr,
-    weights_ptr,
-    index_ptr,
-    trace_ids_ptr,
-    trace_weights_ptr,
-    trace_stats_ptr,
-    T,
-    E,
-    top_k,
-    stride_logits,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """What follows the projection. Grid: (cdiv(T, BLOCK_T),); a program owns BLOCK_T tokens and all experts.
-
-    logits_ptr         [T, E] any float, rows `stride_logits` apart
-    expert_scale_ptr   [E] any float
-    probabilities_ptr  [T, E] fp32, written
-    weights_ptr        [T, K] fp32, written
-    index_ptr          [T, K] int64, written
-    trace_ids_ptr      [T, K] uint8 or int16, written; None: no trace
-    trace_weights_ptr  [T, K] fp16, written; or None
-    trace_stats_ptr    [T, 3] fp16, written: entropy in nats, mass of the chosen, p_K - p_(K+1); or None
-    """
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    expert = tl.arange(0, BLOCK_E)
-    logits = tl.load(
-        logits_ptr + token.to(tl.int64)[:, None] * stride_logits + expert[None, :],
-        mask=(token < T)[:, None] & (expert < E)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    _select_and_store(
-        logits,
-        token,
-        expert_scale_ptr,
-        probabilities_ptr,
-        weights_ptr,
-        index_ptr,
-        trace_ids_ptr,
-        trace_weights_ptr,
-        trace_stats_ptr,
-        T,
-        E,
-        top_k,
-        BLOCK_E,
-        BLOCK_K,
-    )
-
-
 def launch_route_fwd(
     hidden: Tensor,
     proj_weight: Tensor,
@@ -328,27 +366,35 @@ def launch_route_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Router of `reference.route`: probabilities [T, E] fp32, weights [T, K] fp32, index [T, K] int64.
 
-    A `tile` forces the fused kernel; otherwise the number of tokens decides. The first T rows of `trace` are written.
+    A `tile` forces a form; otherwise `tiles.route_tile` chooses. The first T rows of `trace` are written.
     """
     T, H = hidden.shape
     E = proj_weight.shape[0]
     hidden, proj_weight, scale, per_expert_scale = map(last_contiguous, (hidden, proj_weight, scale, per_expert_scale))
-    split = numerics == "fp32" and hidden.dtype == torch.bfloat16
-    if tile is None and (E > MAX_FUSED_EXPERTS or (T >= FUSED_BELOW and not split)):
-        projected = _project(hidden, proj_weight, scale, eps, numerics)
-        return launch_topk_gate_fwd(projected, per_expert_scale, top_k, trace)
-    widened = hidden.dtype == torch.float32 or (numerics == "fp32" and not split)
-    tile = tile or route_tile(T, E, hidden.dtype, widened, arch)
-    outputs = _outputs(hidden, E, top_k)
     if T == 0:
-        return outputs
-    _route_fwd_kernel[(triton.cdiv(T, tile.block_t),)](
+        return gate_outputs(hidden, E, top_k)
+    within = kernel_numerics(hidden.dtype, numerics)
+    if tile is None:
+        if takes_float_products(hidden.dtype, within) and (E > MAX_FUSED_EXPERTS or T >= GEMM_FROM):
+            projected = _project(hidden, proj_weight, scale, eps, numerics)
+            return launch_topk_gate_fwd(projected, per_expert_scale, top_k, trace)
+        tile = route_tile(T, E, H, hidden.dtype, within, arch)
+    if tile.select:
+        probabilities, weights, index = outputs = gate_outputs(hidden, E, top_k)
+        decided = probabilities, weights, index, *(trace or (None, None, None))
+    else:
+        dtype = hidden.dtype if numerics == "hf" else torch.float32
+        logits = torch.empty((T, E), dtype=dtype, device=hidden.device)
+        decided = logits, None, None, None, None, None
+    splits = triton.cdiv(E, tile.block_n)
+    token_tiles = triton.cdiv(T, tile.block_t)
+    arguments = (
         hidden,
         proj_weight,
         scale,
         per_expert_scale,
-        *outputs,
-        *(trace or (None, None, None)),
+        *decided,
+        tickets(hidden.device, token_tiles) if tile.select and splits > 1 else None,
         T,
         H,
         E,
@@ -357,43 +403,31 @@ def launch_route_fwd(
         H**-0.5,
         hidden.stride(0),
         proj_weight.stride(0),
-        NUMERICS="fp32_split" if split else numerics,
-        BLOCK_T=tile.block_t,
-        BLOCK_E=triton.next_power_of_2(max(E, 16)),
-        BLOCK_H=tile.block_h,
-        BLOCK_K=triton.next_power_of_2(top_k),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
-    return outputs
-
-
-def launch_topk_gate_fwd(
-    logits: Tensor, per_expert_scale: Tensor, top_k: int, trace: "TraceBuffers | None" = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What follows the projection, `reference.topk_gate`: probabilities, weights, index as `launch_route_fwd`."""
-    T, E = logits.shape
-    logits, per_expert_scale = last_contiguous(logits), last_contiguous(per_expert_scale)
-    outputs = _outputs(logits, E, top_k)
-    if T == 0:
-        return outputs
     block_e = triton.next_power_of_2(E)
-    block_t = max(512 // block_e, 1)
-    _topk_gate_fwd_kernel[(triton.cdiv(T, block_t),)](
-        logits,
-        per_expert_scale,
-        *outputs,
-        *(trace or (None, None, None)),
-        T,
-        E,
-        top_k,
-        logits.stride(0),
-        BLOCK_T=block_t,
-        BLOCK_E=block_e,
-        BLOCK_K=triton.next_power_of_2(top_k),
-        num_warps=4,
+    options = {
+        "SPLITS": splits,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_H": tile.block_h,
+        "BLOCK_E": block_e,
+        "BLOCK_K": triton.next_power_of_2(top_k),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    if tile.block_t == 1:
+        # As many rows as warps, all but one of them masked: then a row is one warp's, and its maxima need no barrier.
+        _route_token_fwd_kernel[(T * splits,)](*arguments, NUMERICS=numerics, ROWS=tile.warps, **options)
+        return outputs
+    _route_fwd_kernel[(token_tiles * splits,)](
+        *arguments,
+        NUMERICS=within,
+        SELECT=tile.select,
+        BLOCK_T=tile.block_t,
+        BLOCK_S=2048 * tile.warps // tile.block_t,
+        ROWS=min(max(256 * tile.warps // block_e, 1), tile.block_t),
+        **options,
     )
-    return outputs
+    return outputs if tile.select else launch_topk_gate_fwd(logits, per_expert_scale, top_k, trace)
 
 
 def _project(hidden: Tensor, proj_weight: Tensor, scale: Tensor, eps: float, numerics: str) -> Tensor:
@@ -419,16 +453,3 @@ def launch_norm_scale_fwd(hidden: Tensor, scale: Tensor, eps: float, dtype: torc
             num_warps=4,
         )
     return scaled
-
-
-def _outputs(like: Tensor, E: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    T, device = like.shape[0], like.device
-    return (
-        torch.empty((T, E), dtype=torch.float32, device=device),
-        torch.empty((T, top_k), dtype=torch.float32, device=device),
-        torch.empty((T, top_k), dtype=torch.int64, device=device),
-    )
-
-
-def last_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import round_to
-from .gate import inverse_rms, last_contiguous, launch_norm_scale_fwd
+from .gate import inverse_rms, launch_norm_scale_fwd
+from .gate_select import last_contiguous
 
 
 @triton.jit

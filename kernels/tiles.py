@@ -157,48 +157,88 @@ def _stages(stage_bytes: int, shared: int) -> int:
 
 @dataclass(frozen=True)
 class RouteTile:
-    """Tile of the fused router: tokens per program, step over H, warps, stages."""
+    """Tile of the router: tokens and experts of a program, step over H, warps, stages; whether the launch goes on to
+    the choice, by the last of the programs that share a token tile, or leaves that to a second launch. One token to a
+    program is a form of its own, which takes all of H in one step."""
 
     block_t: int
+    block_n: int
     block_h: int
     warps: int
     stages: int
+    select: bool = True
 
 
-MAX_FUSED_EXPERTS = 512  # a program of the fused router holds the logits of all experts
-_ROUTE_STEPS = {256: 64, 512: 16}  # padded number of experts: step over H, for fewer experts 128
+MAX_FUSED_EXPERTS = 512  # a program that selects holds the logits of all experts, for several tokens
+_ROUTE_TILES = ((16, 16), (16, 32), (16, 64), (64, 32), (64, 64), (64, 128), (128, 128))
+_TOKEN_ELEMENTS = 16384  # of the projection, in registers at once, where a program has one token
+_TOKEN_EXPERTS = 4
+_STAGE_BYTES = 32768
+# The prediction behind `route_tile`: a program takes in its experts' rows of the projection, and its tokens' hidden
+# states, twice where the norm comes first; programs run in waves of one per multiprocessor, which takes in 50 bytes per
+# nanosecond; a second launch costs 2 microseconds, which is 100 KB.
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 103: 148}
+_LAUNCH_BYTES = 100_000
 
 
-def route_tile(T: int, E: int, dtype: torch.dtype, widened: bool, arch: int) -> RouteTile:
-    """Tile of the fused router; `widened` says that its dot takes float32 operands."""
-    return _route_tile(16 if T < 256 else 32, next_power_of_2(max(E, 16)), dtype, widened, arch)
+@lru_cache(maxsize=4096)
+def route_tile(T: int, E: int, H: int, dtype: torch.dtype, numerics: str, arch: int) -> RouteTile:
+    """Tile of the router with the fewest predicted bytes through one multiprocessor.
+
+    Args:
+        T, E, H: sizes.
+        dtype: of hidden and the projection.
+        numerics: of the kernel, "hf", "fp32" or "fp32_split".
+        arch: compute capability, 80, 90, 100, ...
+    """
+    multiprocessors = _MULTIPROCESSORS.get(arch, 100)
+    reads = 1 if numerics == "fp32_split" else 2
+
+    def predicted(tile: RouteTile) -> tuple[float, int]:
+        programs = cdiv(T, tile.block_t) * cdiv(E, tile.block_n)
+        rows, waves = reads * tile.block_t + tile.block_n, float(cdiv(programs, multiprocessors))
+        if tile.block_t == 1:  # several fit on a multiprocessor, and hidden stays in registers
+            rows, waves = 1 + tile.block_n, max(programs / multiprocessors, 1.0)
+        return waves * rows * H * dtype.itemsize + (0 if tile.select else _LAUNCH_BYTES), programs
+
+    return min(_route_tiles(E, H, dtype, numerics, arch), key=predicted)
 
 
-def all_route_tiles(E: int, arch: int) -> list[tuple[torch.dtype, str, RouteTile]]:
-    """Every (dtype, numerics, tile) that the launcher can choose for `E` experts on `arch`."""
-    columns = next_power_of_2(max(E, 16))
+def all_route_tiles(E: int, arch: int, H: int = 2816) -> list[tuple[torch.dtype, str, RouteTile]]:
+    """Every (dtype, numerics of the operator, tile) that the launcher can choose for `E` experts of width `H`."""
     return [
-        (dtype, numerics, _route_tile(block_t, columns, dtype, widened, arch))
-        for dtype, numerics, block_t, widened in (
-            (torch.bfloat16, "hf", 16, False),
-            (torch.bfloat16, "fp32", 16, False),
-            (torch.bfloat16, "fp32", 32, False),
-            (torch.float16, "hf", 16, False),
-            (torch.float16, "fp32", 16, True),
-            (torch.float32, "hf", 16, True),
-            (torch.float32, "fp32", 16, True),
-        )
+        (dtype, numerics, tile)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for numerics in ("hf", "fp32")
+        for tile in _route_tiles(E, H, dtype, kernel_numerics(dtype, numerics), arch)
     ]
 
 
-def _route_tile(block_t: int, columns: int, dtype: torch.dtype, widened: bool, arch: int) -> RouteTile:
-    if columns > MAX_FUSED_EXPERTS:
-        raise ValueError(f"the fused router serves at most {MAX_FUSED_EXPERTS} experts.")
-    block_h = _ROUTE_STEPS.get(columns, 128)
-    if widened:
-        block_h = min(block_h, 32)
-    stage_bytes = (block_t + columns) * block_h * dtype.itemsize
-    return RouteTile(block_t, block_h, 8, min(_MAX_STAGES, shared_limit(arch) // stage_bytes))
+def kernel_numerics(dtype: torch.dtype, numerics: str) -> str:
+    """The kernel's for the operator's: bfloat16 keeps to tensor cores in "fp32" too."""
+    return "fp32_split" if numerics == "fp32" and dtype == torch.bfloat16 else numerics
+
+
+def takes_float_products(dtype: torch.dtype, numerics: str) -> bool:
+    """Whether the kernel's dot takes float32 operands, which no tensor core multiplies exactly."""
+    return dtype == torch.float32 or numerics == "fp32"
+
+
+def _route_tiles(E: int, H: int, dtype: torch.dtype, numerics: str, arch: int) -> list[RouteTile]:
+    width = next_power_of_2(H)
+    wide, split = takes_float_products(dtype, numerics), numerics == "fp32_split"
+    tiles = []
+    if E <= MAX_FUSED_EXPERTS and width <= _TOKEN_ELEMENTS:
+        tiles.append(RouteTile(1, min(_TOKEN_ELEMENTS // width, _TOKEN_EXPERTS), width, 8, 1))
+    for block_t, block_n in _ROUTE_TILES[:1] if wide else _ROUTE_TILES:
+        if block_n > 16 and block_n >= 2 * E:
+            continue
+        bytes_per_h = (block_t + block_n) * dtype.itemsize
+        most = max(2048 // block_t, 32) if split else max(4096 // block_t, 64)
+        block_h = min(1 << (_STAGE_BYTES // bytes_per_h).bit_length() - 1, 32 if wide else most)
+        stages = min(_MAX_STAGES, shared_limit(arch) // (bytes_per_h * block_h))
+        tiles.append(RouteTile(block_t, block_n, block_h, 8, stages, block_t <= 16 and E <= MAX_FUSED_EXPERTS))
+    return tiles
 
 
 def rows_per_expert(T: int, K: int, E: int) -> int:

@@ -20,6 +20,7 @@ LAUNCHING = [
     "test_expert_tma.py",
     "test_gate.py",
     "test_gate_backward.py",
+    "test_gate_tickets.py",
     "test_gate_trace.py",
     "test_trace_model.py",
     "test_tune_kernels.py",

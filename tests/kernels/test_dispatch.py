@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omnigene_fast.kernels import dispatch as kernels
 from omnigene_fast.kernels.dispatch import launch_dispatch_fwd
 
 from .. import helpers
@@ -60,6 +61,54 @@ def test_ids_of_no_expert_have_no_position(device):
 
 def test_strided_index(device):
     check(torch.arange(24, device=device).view(6, 4).t().remainder(5), 5, 16)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The form for many rows, for few of them: sections of 16 rows, at most 4 sections."""
+    monkeypatch.setattr(kernels, "ONE_LAUNCH_ROWS", 0)
+    monkeypatch.setattr(kernels, "SECTION_STEP", 16)
+    monkeypatch.setattr(kernels, "MAX_SECTIONS", 4)
+
+
+@pytest.mark.parametrize("mode", helpers.ROUTINGS)
+@pytest.mark.parametrize("T", [1, 4, 5, 17, 129])
+def test_many_rows(device, counted, mode, T):
+    """One section and several, of one step and several; fewer sections than experts and more."""
+    for E in (2, 16, 200) if mode == "uniform" else (16,):
+        index, _ = helpers.routing(mode, T, min(4, E), E, seed=T)
+        check(index.to(device), E, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_many_rows_of_which_some_belong_to_no_expert(device, counted, dtype):
+    index = torch.randint(-3, 10, (33, 3), dtype=dtype, device=device)
+    index[4, 1] = 1 << 30
+    check(index, 6, 16)
+    check(torch.full((33, 2), 6, dtype=dtype, device=device), 6, 16)
+    check(torch.full((33, 2), 5, dtype=dtype, device=device), 6, 16)
+
+
+def test_the_second_form_begins_past_4096_rows(device):
+    index, _ = helpers.routing("language", 1025, 4, 6, seed=0)
+    check(index.to(device), 6, 64)
+
+
+def test_negative_control_an_unstable_order_fails(device, counted, monkeypatch):
+    """Two rows of one expert, the last of a section and the first of the next, change places."""
+
+    def unstable(*arguments):
+        dispatch = launch(*arguments)
+        dispatch.order[[5, 6]] = dispatch.order[[6, 5]]
+        dispatch.position[dispatch.order[5:7].long()] = torch.tensor([5, 6], dtype=torch.int32, device=device)
+        return dispatch
+
+    launch = launch_dispatch_fwd
+    index = torch.arange(66, device=device).remainder(6).view(33, 2)
+    check(index, 6, 16)
+    monkeypatch.setitem(globals(), "launch_dispatch_fwd", unstable)
+    with pytest.raises(AssertionError):
+        check(index, 6, 16)
 
 
 @settings(max_examples=25, deadline=None)

@@ -4,19 +4,18 @@ import pytest
 import torch
 
 from omnigene_fast import ops, reference
-from omnigene_fast.kernels import gate
+from omnigene_fast.kernels import tiles
 
 from .. import helpers
+from . import gate_forms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PATHS = ["fused", "split"]
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=list(gate_forms.FORMS))
 def path(request, monkeypatch):
-    """Both ways to route: one launch, or norm, GEMM and top-k."""
-    if request.param == "split":
-        monkeypatch.setattr(gate, "MAX_FUSED_EXPERTS", 0)
+    """Every form of the router: see gate.py."""
+    gate_forms.force(monkeypatch, request.param)
     return request.param
 
 
@@ -152,14 +151,32 @@ def test_no_tokens(device, path):
     assert shapes == [[0, 6], [0, 2], [0, 2]]
 
 
-def test_many_tokens_leave_the_fused_kernel(device):
-    """From 256 tokens on, except for bfloat16 in fp32 numerics; both agree with the reference."""
-    for dtype, numerics in ((torch.float32, "hf"), (torch.bfloat16, "fp32")):
-        _, hidden, arguments = router_case(device, dtype, 300, 6, 2, 40)
+def test_many_tokens(device):
+    """As the tokens grow, one launch turns into two; products of float32 go to torch's GEMM. All agree with the
+    reference."""
+    for dtype, numerics, T in ((torch.float32, "hf", 300), (torch.bfloat16, "fp32", 300), (torch.bfloat16, "fp32", 65)):
+        _, hidden, arguments = router_case(device, dtype, T, 6, 2, 40)
         probabilities, _, index = route(hidden, arguments, numerics)
         wanted, _, wanted_index = reference.route(hidden, **arguments, numerics=numerics)
         assert helpers.relative_error(probabilities, wanted) < 1e-6
         assert (index == wanted_index).float().mean() > 0.99
+
+
+def test_the_rule_splits_the_projection_while_there_are_few_tokens():
+    """At Gemma-4's sizes on an H100: no multiprocessor takes in the whole projection before there are 1,000 tokens."""
+    forms = [tiles.route_tile(T, 128, 2816, torch.bfloat16, "hf", 90) for T in (1, 16, 64, 256, 512, 1024, 4096, 16384)]
+    assert [(form.block_t, form.block_n, form.select) for form in forms] == [
+        (1, 4, True),
+        (1, 4, True),
+        (16, 16, True),
+        (16, 16, True),
+        (16, 32, True),
+        (16, 64, True),
+        (64, 64, False),
+        (128, 128, False),
+    ]
+    assert set(forms) <= {tile for _, numerics, tile in tiles.all_route_tiles(128, 90) if numerics == "hf"}
+    assert not tiles.route_tile(4, 600, 64, torch.bfloat16, "hf", 90).select
 
 
 def test_same_bits_every_time(device, path):

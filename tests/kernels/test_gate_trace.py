@@ -7,9 +7,9 @@ import torch
 
 from omnigene_fast import backends, reference
 from omnigene_fast.backends import TraceBuffers
-from omnigene_fast.kernels import gate
 
 from .. import helpers
+from . import gate_forms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EVERYTHING = ("ids", "weights", "stats")
@@ -18,11 +18,10 @@ SENTINEL = 77
 BACKEND = backends.load("triton")
 
 
-@pytest.fixture(params=["fused", "split"])
+@pytest.fixture(params=list(gate_forms.FORMS))
 def path(request, monkeypatch):
-    """Both ways to route: one launch, or norm, GEMM and top-k."""
-    if request.param == "split":
-        monkeypatch.setattr(gate, "MAX_FUSED_EXPERTS", 0)
+    """Every form of the router: see gate.py."""
+    gate_forms.force(monkeypatch, request.param)
     return request.param
 
 
@@ -130,7 +129,7 @@ def test_record_less(device, path, kinds, E):
     check(whole, weights, index, probabilities)
 
 
-def test_many_tokens_leave_the_fused_kernel(device):
+def test_many_tokens_take_torchs_gemm(device):
     hidden, arguments = router_case(device, torch.float32, 300, 6, 2)
     whole, trace = open_trace(300, 6, 2, device)
     probabilities, weights, index = BACKEND.route(hidden, *arguments, "hf", trace)
