@@ -56,9 +56,9 @@ class Work:
         return (tile.block_m * self.size + self.operands * tile.block_n * self.weight_size) * tile.block_k
 
     def shared_bytes(self, tile: Tile) -> int:
-        """Stages, and one tile of weights as converted from 8 bits."""
+        """Stages, one tile of weights as converted from 8 bits, and what TMA takes."""
         converted = self.operands * tile.block_n * tile.block_k * self.size if self.weight_size < self.size else 0
-        return tile.stages * self.stage_bytes(tile) + converted
+        return tile.stages * self.stage_bytes(tile) + converted + (tiles.BARRIERS if tile.tma else 0)
 
 
 def sizes(work: Work, now: Tile, block_m: int, device: Device, most: int) -> list[Tile]:
@@ -83,7 +83,8 @@ def switches(work: Work, tile: Tile, arch: int) -> list[Tile]:
     """`tile` with weights by TMA descriptors or not, where there is TMA, and with persistent programs or not."""
     tma = (False, True) if arch >= 90 and work.size == 2 and work.weighted else (tile.tma,)
     persistent = (False, True) if work.weighted else (tile.persistent,)
-    return [replace(tile, tma=t, persistent=p) for t, p in product(tma, persistent)]
+    found = [replace(tile, tma=t, persistent=p) for t, p in product(tma, persistent)]
+    return [each for each in found if fits(work, each, arch)]
 
 
 def depths(work: Work, tile: Tile, arch: int) -> list[Tile]:
