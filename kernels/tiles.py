@@ -42,6 +42,7 @@ _WIDE_PADDING = 1.125
 # Triton 3.7.1 has miscompiled two products chained into one accumulator for sm_100.
 _CHAIN_BELOW = 100
 _DEFAULT_ARCH = 80
+BARRIERS = 256  # bytes of shared memory, at most, that TMA takes beside its stages
 _WEIGHTS = {"up": 2, "down": 1, "down_bwd": 1}  # how many tiles of weights, which 8 bits halve, a stage holds
 
 
@@ -129,7 +130,7 @@ def _fitted(
         weights = _WEIGHTS.get(name, 0) if wanted.weights == "8bit" else 0
         columns = 2 * block_n if name == "up" else block_n
         stage = (tile.block_m + columns) * tile.block_k * dtype.itemsize
-        shared = shared_limit(arch)
+        shared = shared_limit(arch) - (BARRIERS if tile.tma else 0)
         if weights:  # converted, they lie in shared memory beside the stages
             converted = weights * block_n * tile.block_k
             stage -= converted * (dtype.itemsize - 1)

@@ -1,11 +1,11 @@
 """`omnigene-fast tune`: measures tiles of the expert GEMMs and writes them as a table (kernels/tables.py).
 
-A bucket is a number of tokens. In it every kernel is measured with as many rows as its present tile has, half and twice
-as many, and for each in three steps: the `SIZES` most promising of columns and reduction step halved, kept and doubled,
-by a model (tune_model.py) and cut to what fits; the best of them with and without TMA descriptors and persistent
-programs, where the GPU has them; the best of those with 4 and 8 warps and a stage more and less. A candidate whose
-numbers are not those of the present tile is rejected, the others are timed in turns. The best of each step meet the
-present tile once more, and what wins by less than `MARGIN` is noise and changes nothing.
+A bucket is a number of tokens. In it every kernel is measured with as many rows as its present tile has, half and
+twice as many, and for each in three steps: the `SIZES` most promising of columns and reduction step halved, kept and
+doubled, by a model (tune_model.py) and cut to what fits; the best of them with and without TMA descriptors, where the
+GPU has them; the best of those with 4 and 8 warps and a stage more and less. A candidate whose numbers are not those
+of the present tile is rejected, the others are timed in turns. The best of each step meet the present tile once more,
+and what wins by less than `MARGIN` is noise and changes nothing.
 
 What measures is passed in (tune_kernels.py has it for GPUs), as is the clock.
 """

@@ -17,6 +17,7 @@ from .tune_model import Device, Work
 
 _FLUSHED_BYTES = 256 << 20
 _ACTIVATION = "gelu_tanh"
+_CONVERTS_E4M3 = 89
 
 
 def this_device(device: torch.device) -> Device:
@@ -59,6 +60,8 @@ class Layer:
             scale[expert] = own.float().abs().amax(1) / largest
             stored = own.float() / scale[expert][:, None]
             weight[expert] = (stored.round() if low == torch.int8 else stored).to(low)
+        if low == torch.float8_e4m3fn and self.settings.device.arch < _CONVERTS_E4M3:
+            weight = weight.view(torch.uint8)  # as the backend hands it to the kernels
         return weight, scale
 
     def at(self, tokens: int) -> "Tokens":

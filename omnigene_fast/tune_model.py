@@ -36,7 +36,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Work:
-    """One kernel's work. (A Gram product has no weights, and neither TMA nor persistent programs.)
+    """One kernel's work. (A Gram product has no weights that TMA could bring.)
 
     A GEMM over rows: `experts` times `rows` rows, `columns` wide, reduced over `depth`; `operands` weight tiles at a
     time (the up GEMM has a gate and an up tile). A Gram product: `rows` x `columns` for each expert, over `depth` rows.
@@ -56,9 +56,9 @@ class Work:
         return (tile.block_m * self.size + self.operands * tile.block_n * self.weight_size) * tile.block_k
 
     def shared_bytes(self, tile: Tile) -> int:
-        """Stages, and one tile of weights as converted from 8 bits."""
+        """Stages, one tile of weights as converted from 8 bits, and what TMA takes."""
         converted = self.operands * tile.block_n * tile.block_k * self.size if self.weight_size < self.size else 0
-        return tile.stages * self.stage_bytes(tile) + converted
+        return tile.stages * self.stage_bytes(tile) + converted + (tiles.BARRIERS if tile.tma else 0)
 
 
 def sizes(work: Work, now: Tile, block_m: int, device: Device, most: int) -> list[Tile]:
@@ -80,10 +80,10 @@ def sizes(work: Work, now: Tile, block_m: int, device: Device, most: int) -> lis
 
 
 def switches(work: Work, tile: Tile, arch: int) -> list[Tile]:
-    """`tile` with weights by TMA descriptors or not, where there is TMA, and with persistent programs or not."""
-    tma = (False, True) if arch >= 90 and work.size == 2 and work.weighted else (tile.tma,)
-    persistent = (False, True) if work.weighted else (tile.persistent,)
-    return [replace(tile, tma=t, persistent=p) for t, p in product(tma, persistent)]
+    """`tile` with weights by TMA descriptors and without, where there is TMA."""
+    has_tma = arch >= 90 and work.size == 2 and work.weighted and not work.low_rank
+    found = [replace(tile, tma=tma) for tma in ((False, True) if has_tma else (tile.tma,))]
+    return [each for each in found if fits(work, each, arch)]
 
 
 def depths(work: Work, tile: Tile, arch: int) -> list[Tile]:
@@ -129,8 +129,7 @@ def predict(work: Work, tile: Tile, device: Device) -> float:
     together = max(together, 1)
     programs = work.experts * ceil(work.rows / tile.block_m) * ceil(work.columns / tile.block_n)
     waves = ceil(programs / (device.multiprocessors * together))
-    start = _LATENCY if tile.persistent else _LATENCY * waves  # a persistent program fills its pipeline once
-    busy = waves * together * per_program + start
+    busy = waves * (together * per_program + _LATENCY)  # each program fills its pipeline
     weights = work.experts * work.operands * work.columns * work.depth * work.weight_size
     rows = work.experts * work.rows * work.depth * work.size
     in_flight = together * (tile.stages - 1) * work.stage_bytes(tile)

@@ -117,7 +117,8 @@ def test_every_choice_is_listed_and_fits():
                 stage = (tile.block_m * dtype.itemsize + columns * size) * tile.block_k
                 converted = columns * tile.block_k * dtype.itemsize if size < dtype.itemsize else 0
                 assert tile.stages >= 2
-                assert tile.stages * stage + converted <= tiles.shared_limit(arch)
+                barriers = 96 if tile.tma else 0  # as compiled for sm_100
+                assert tile.stages * stage + converted + barriers <= tiles.shared_limit(arch)
                 assert not (tile.chain and arch >= 100)
 
 
