@@ -7,7 +7,7 @@
 set -u
 
 # The step and its seconds, what matters most first. "summary" is written anew by every call.
-STEPS="environment:20 correctness:40 tests:80 table:150 decode:30 repeat:20 capture:40 model:45 sanitizer:65 tune:30"
+STEPS="environment:20 correctness:50 tests:75 table:150 decode:30 repeat:20 capture:40 model:45 sanitizer:60 tune:30"
 SUMMARY_SECONDS=15
 
 usage() { sed -n '2,6p' "$0" | cut -c3-; }
@@ -53,7 +53,8 @@ if [ -n "$retry" ]; then
     for entry in $STEPS; do
         step="${entry%%:*}"
         grep -Eqs '"state": "ok"' "$out/status/$step.json" ||
-            rm -f "$out/status/$step.json" "$out/status/$step.tries.json" "$out/$step.json" "$out/rows/$step.problems.json"
+            rm -rf "$out/status/$step.json" "$out/status/$step.tries.json" "$out/$step.json" "$out/rows/$step.problems.json" \
+                "${out:?}/$step" # the directories of tests and sanitizer
     done
 fi
 for entry in $STEPS; do
