@@ -42,6 +42,7 @@ def run(context: status.Context) -> str | None:
         "tools": {name: tool(name) for name in ("compute-sanitizer", "ncu", "nsys", "ptxas")},
         "report": info.report().splitlines(),
     }
+    status.save_json(context.out / "environment.json", found)
     probe = cases.probe_of(context.device, context.tiny)
     for _ in range(5):
         probe.sample()
