@@ -6,9 +6,9 @@
 # What the steps are, and what they leave in DIR, is written in bench/gpu_suite/__init__.py. PYTHON names the interpreter.
 set -u
 
-# The step and its seconds, what matters most first. "summary" is written anew by every call.
-STEPS="environment:20 correctness:40 tests:80 table:150 decode:30 repeat:20 capture:40 model:45 sanitizer:65 tune:30"
-SUMMARY_SECONDS=15
+# The step and its seconds after the imports, what matters most first. "summary" is written anew by every call.
+STEPS="environment:15 correctness:45 tests:70 table:120 decode:25 repeat:15 capture:35 model:40 sanitizer:50 tune:25"
+SUMMARY_SECONDS=25
 
 usage() { sed -n '2,6p' "$0" | cut -c3-; }
 
@@ -38,22 +38,23 @@ python="${PYTHON:-}"
 
 over() { grep -Eqs '"state": "(ok|failed|missing|out of time)"' "$out/status/$1.json"; }
 
-run_step() { # step, seconds, further options
-    local step="$1" seconds="$2"
-    shift 2
-    # The step limits itself; `timeout` is for a call into the driver that never comes back.
-    timeout -k 5 $((seconds + 10)) "$python" -m omnigene_fast.bench.gpu_suite "$step" --out "$out" --device "$device" \
-        --budget "$seconds" ${tiny:+"$tiny"} "$@" >>"$out/logs/$step.log" 2>&1
+run_step() { # step, seconds, seconds that are left
+    # The step limits itself; `timeout` is for a call into the driver that never comes back. A cold start may take 60 s.
+    local limit=$(($2 + 60))
+    [ $limit -le $(($3 + 8)) ] || limit=$(($3 + 8))
+    timeout -k 5 $limit "$python" -m omnigene_fast.bench.gpu_suite "$1" --out "$out" --device "$device" \
+        --budget "$2" --deadline "$3" ${tiny:+"$tiny"} >>"$out/logs/$1.log" 2>&1
     local code=$?
-    [ $code -eq 0 ] || echo "$step: ended with status $code" | tee -a "$out/logs/$step.log"
-    tail -n 1 "$out/logs/$step.log"
+    [ $code -eq 0 ] || echo "$1: ended with status $code" >>"$out/logs/$1.log"
+    tail -n 1 "$out/logs/$1.log"
 }
 
 if [ -n "$retry" ]; then
     for entry in $STEPS; do
         step="${entry%%:*}"
         grep -Eqs '"state": "ok"' "$out/status/$step.json" ||
-            rm -f "$out/status/$step.json" "$out/status/$step.tries.json" "$out/$step.json" "$out/rows/$step.problems.json"
+            rm -rf "$out/status/$step.json" "$out/status/$step.tries.json" "$out/$step.json" "$out/rows/$step.problems.json" \
+                "${out:?}/$step" # the directories of tests and sanitizer
     done
 fi
 for entry in $STEPS; do
@@ -61,13 +62,9 @@ for entry in $STEPS; do
     case " ${only:-$step} " in *" $step "*) ;; *) continue ;; esac
     over "$step" && continue
     left=$((total - SUMMARY_SECONDS - SECONDS))
-    [ "$left" -ge 12 ] || { echo "time is up: call again to go on with $step"; break; }
-    if [ "$left" -lt "$seconds" ]; then
-        run_step "$step" "$left" --cut-short
-    else
-        run_step "$step" "$seconds"
-    fi
+    [ "$left" -ge 15 ] || { echo "time is up: call again to go on with $step"; break; }
+    run_step "$step" "$seconds" "$left"
 done
 rm -f "$out/status/summary.json"
-run_step summary "$SUMMARY_SECONDS"
+run_step summary 15 45
 echo "$SECONDS s; summary: $out/summary.md"

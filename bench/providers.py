@@ -265,9 +265,18 @@ def _provider(
     return Provider(name, by_op[op], prepare)
 
 
+def installed(module: str) -> bool:
+    """Whether `module` can be imported, without importing it; a directory of that name is no module."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # the parent of a submodule
+        return False
+    return spec is not None and spec.origin is not None
+
+
 def _gpu(op: str, layer: Layer, name: str) -> Provider | Missing:
     """A published GPU kernel for the experts, with the stock router and norm around it for `block`."""
-    if importlib.util.find_spec(GPU_ONLY[name]) is None:
+    if not installed(GPU_ONLY[name]):
         return Missing(name, f"{GPU_ONLY[name]} is not installed")
     try:
         if name == "sonicmoe":

@@ -80,8 +80,8 @@ def console(rows: list[Row]) -> str:
         first = case[0]
         lines += [
             f"{first['op']} · {first['mode']} · T={first['tokens']} · floor {_ms(first['floor_ms'])} ms"
-            f" ({first['bound']}: {first['bandwidth_gb_s']:.1f} GB/s, {first['peak_gflop_s']:.0f} GFLOP/s,"
-            f" {first['probe']} probe)",
+            f" ({first['bound'] or 'none is known'}: {first['bandwidth_gb_s']:.1f} GB/s,"
+            f" {first['peak_gflop_s']:.0f} GFLOP/s, {first['probe']} probe)",
             head.rstrip(),
         ]
         for row in case:

@@ -1,12 +1,14 @@
 """What the benchmark has for a GPU, on made-up rows and on the CPU: goals, tables, 8 bits, peers, LoRA by hand."""
 
+import enum
 import sys
+import time
 import types
 
 import pytest
 import torch
 
-from omnigene_fast.bench import checks, goals, lowbit, providers, report, report_gpu, training
+from omnigene_fast.bench import checks, goals, lowbit, providers, report, report_gpu, timing, training
 from omnigene_fast.bench.floors import work
 from omnigene_fast.bench.providers import FALLBACK, OURS, REFERENCE, Missing, Provider, build
 from omnigene_fast.bench.timing import stopwatch
@@ -29,6 +31,9 @@ H100 = {
     "eager_error": 4e-3,
     "bound": "memory",
 }
+
+
+FOUND = types.SimpleNamespace(origin="somewhere/__init__.py")
 
 
 def row(op, tokens, provider, us, mode="uniform", floor_us=20.0, gain=None, status="ok", **more):
@@ -185,13 +190,11 @@ def test_a_known_wrong_activation_is_wrong_without_being_run(layer, monkeypatch)
     for name in names[:-1]:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, fused.__name__, fused)
-    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: FOUND)
     provider = providers._gpu("experts", layer, "vllm")
     assert isinstance(provider, Provider)
     assert "GELU with erf" in provider.wrong
     tanh = types.ModuleType(f"{fused.__name__}.activation")
-    import enum
-
     tanh.MoEActivation = enum.Enum("MoEActivation", {"GELU": "gelu", "GELU_TANH": "gelu_tanh"})
     monkeypatch.setitem(sys.modules, tanh.__name__, tanh)
     given = {}
@@ -212,7 +215,7 @@ def test_a_peer_whose_import_breaks_is_missing(layer, monkeypatch):
         raise OSError("libcudart.so.13: cannot open shared object file")
 
     monkeypatch.setattr(providers, "_liger", broken)
-    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: FOUND)
     found = providers._gpu("experts", layer, "liger")
     assert isinstance(found, Missing)
     assert found.reason == "OSError: libcudart.so.13: cannot open shared object file"
@@ -255,7 +258,7 @@ def test_lora_without_peft_has_the_same_truth(monkeypatch):
 
 def test_time_on_the_cpu_is_the_clocks():
     watch = stopwatch(CPU)
-    elapsed = watch("sleep", lambda: __import__("time").sleep(0.02))
+    elapsed = watch("sleep", lambda: time.sleep(0.02))
     assert 20 <= elapsed.ms < 2000
     assert elapsed.host_ms is None
 
@@ -266,3 +269,57 @@ def test_weights_made_on_a_device_are_of_the_same_kind():
     assert values.abs().max() < 2**-5
     assert abs(values.mean()) < 3e-4
     assert len(values.unique()) == 2 * 2 * 128
+
+
+def test_a_gpus_call_is_timed_behind_a_flush_and_a_spin(monkeypatch):
+    """The order on the stream, with a pretended driver; the spin outlasts the launch."""
+    done, clock = [], iter(range(0, 1000, 7))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+            self.at = next(clock)
+
+        def elapsed_time(self, end):
+            return float(end.at - self.at)
+
+    fakes = {
+        "Event": Event,
+        "_sleep": lambda cycles: done.append(("spin", cycles)),
+        "synchronize": lambda device: done.append("wait"),
+        "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=1000),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(timing, "_FLUSH_BYTES", 4096)
+    watch = timing.CudaStopwatch(CPU)
+    plain = torch.sum
+    monkeypatch.setattr(torch, "sum", lambda *given, **named: (done.append("flush"), plain(*given, **named))[1])
+    done.clear()
+    elapsed = watch("op", lambda: (done.append("call"), time.sleep(0.01)))
+    assert [each[0] if isinstance(each, tuple) else each for each in done] == [
+        *("wait", "flush", "spin", "event", "call", "event", "wait")
+    ]
+    assert elapsed.ms == 7
+    assert elapsed.host_ms >= 10
+    first, cycles_per_ms = done[2][1], timing._SPIN_CYCLES / 7
+    assert first == pytest.approx(1.55 * cycles_per_ms, rel=1e-3)
+    done.clear()
+    watch("op", lambda: None)
+    assert done[2][1] == pytest.approx(5.0 * cycles_per_ms, rel=1e-3)  # 15 ms would hide it; there is a limit
+    done.clear()
+    watch("op", lambda: None)
+    assert done[2][1] < first
+
+
+def test_a_directory_is_no_installed_package(monkeypatch, tmp_path):
+    """`kernels/` of a checkout is not the PyPI package through which transformers loads SonicMoE."""
+    (tmp_path / "a_directory").mkdir()
+    (tmp_path / "a_module.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert providers.installed("a_module")
+    assert not providers.installed("a_directory")
+    assert not providers.installed("no_such.submodule")

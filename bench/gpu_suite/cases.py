@@ -14,7 +14,7 @@ LOW_BIT_TOKENS = (1, 8, 64, 512, 4096)
 DECODE_TOKENS = (1, 8, 16)
 SKEWED = ("protein", "natural")
 # E : K and H : I as in Gemma-4, everything else a quarter or less.
-SMALL_SHAPE = Shape(H=704, I=176, E=32, K=2)
+SMALL_SHAPE = Shape(H=704, I=176, E=64, K=4)
 TINY_SHAPE = Shape(H=64, I=16, E=16, K=2)
 TINY_TOKENS = {1: 1, 8: 2, 16: 3, 64: 4, 256: 5, 512: 8, 4096: 16, 16384: 24}
 

@@ -1,6 +1,5 @@
 """Step "environment": device, versions, clocks, what is missing, and what the machine itself can do."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import torch
 
 from omnigene_fast import info
 
-from ..providers import GPU_ONLY
+from ..providers import GPU_ONLY, installed
 from . import cases, status
 
 # What a step does without each of these.
@@ -43,6 +42,7 @@ def run(context: status.Context) -> str | None:
         "tools": {name: tool(name) for name in ("compute-sanitizer", "ncu", "nsys", "ptxas")},
         "report": info.report().splitlines(),
     }
+    status.save_json(context.out / "environment.json", found)
     probe = cases.probe_of(context.device, context.tiny)
     for _ in range(5):
         probe.sample()
@@ -69,14 +69,6 @@ def nvidia_smi() -> dict[str, str] | str:
 def missing() -> dict[str, str]:
     """The optional packages that are not installed, and what is left out without them."""
     return {name: without for name, without in OPTIONAL.items() if not installed(name)}
-
-
-def installed(module: str) -> bool:
-    """Whether `module` can be imported, without importing it."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent of a submodule
-        return False
 
 
 def tool(name: str) -> str | None:

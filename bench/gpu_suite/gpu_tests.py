@@ -1,22 +1,27 @@
-"""Step "tests": `pytest -m gpu`, one process per file, so that a crash of the device is one file's."""
+"""Step "tests": `pytest -m gpu`, one process per file, so that a crash of the device is one file's.
 
+DIR/tests.json has each test's outcome; tests that have one are not run again by a call that goes on.
+"""
+
+import json
 import os
 import signal
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-from . import environment, status
+from ..providers import installed
+from . import status
 
 ROOT = Path(__file__).resolve().parents[2]
-_GRACE = 6.0  # seconds that an interrupted program has to write down what it knows
+PLUGIN = "omnigene_fast_outcomes"
+PLUGIN_PLACE = Path(__file__).resolve().parent / "pytest_plugin"
 
 
 def run(context: status.Context) -> str | None:
     """Run each file that is not done; the sentence counts what failed and names the first."""
-    if not environment.installed("pytest"):
+    if not installed("pytest"):
         raise status.MissingTool("pytest is not installed")
     files = test_files(context.tiny)
     if not files:
@@ -65,59 +70,49 @@ def test_files(tiny: bool) -> list[Path]:
 
 def run_file(file: Path, context: status.Context, before: dict[str, str]) -> dict[str, Any]:
     """The tests of one file that have no outcome in `before`; "over" is whether pytest came to its end."""
-    junit = context.out / "tests" / f"{file.parent.name}-{file.stem}.xml"
-    junit.parent.mkdir(parents=True, exist_ok=True)
-    junit.unlink(missing_ok=True)
+    stem = context.out / "tests" / f"{file.parent.name}-{file.stem}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    lines = stem.with_suffix(".jsonl")
+    before = before | read_outcomes(lines)  # what a process that was killed had come to
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "-o", "addopts="]
-    command += [f"--junitxml={junit}", *(() if context.tiny else ("-m", "gpu")), str(file)]
-    command += [word for test in before for word in ("--deselect", f"{file.relative_to(ROOT)}::{test}")]
+    command += ["-p", PLUGIN, f"--rootdir={ROOT}", "--outcomes", str(lines), f"--junitxml={stem.with_suffix('.xml')}"]
+    command += [*(() if context.tiny else ("-m", "gpu")), str(file)]
+    command += [word for test in before for word in ("--deselect", test)]
     try:
         code: int | None = run_group(command, variables())
     except status.OutOfTime:
         code = None
-    outcomes = before | read_junit(junit, f"{'.'.join(file.relative_to(ROOT).with_suffix('').parts)}")
-    # 1: some failed; 5: nothing was selected. A crash of the interpreter has no report.
-    crashed = code is not None and (code not in (0, 1, 5) or (code == 1 and outcomes == before))
-    return {
-        "outcomes": outcomes,
-        "problem": f"pytest ended with status {code}" if crashed else "",
-        "over": code is not None,
-    }
+    found = before | read_outcomes(lines)
+    # 0: all passed; 1, 2: some failed, or could not be collected; 5: nothing was selected.
+    said = code in (0, 5) or (code in (1, 2) and found != before)
+    problem = "" if code is None or said else f"pytest ended with status {code}"
+    return {"outcomes": found, "problem": problem, "over": code is not None}
 
 
-def read_junit(junit: Path, module: str) -> dict[str, str]:
-    """ "passed", "skipped" or the first line of what went wrong, by test; nothing if pytest wrote no report."""
+def read_outcomes(path: Path) -> dict[str, str]:
+    """What the plugin wrote, by test; nothing if no test came to its end. A line that was cut off is left out."""
     found: dict[str, str] = {}
-    try:
-        tests = list(ElementTree.parse(junit).getroot().iter("testcase"))
-    except (OSError, ElementTree.ParseError):
-        return found
-    for test in tests:
-        classes = (test.get("classname") or "").removeprefix(module).strip(".")
-        name = "::".join(filter(None, (classes.replace(".", "::"), test.get("name"))))
-        bad = [child for child in test if child.tag in ("failure", "error")]
-        message = (bad[0].get("message") or "").strip().splitlines() or ["failed"] if bad else []
-        found[name] = message[0][:200] if bad else "skipped" if test.find("skipped") is not None else "passed"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            test, outcome = json.loads(line)
+        except ValueError:
+            continue
+        found[test] = outcome
     return found
 
 
 def run_group(command: list[str], environment: dict[str, str]) -> int:
-    """Run `command` in the repository; if we are interrupted, it is, so that it can still write its report."""
+    """Run `command` in the repository; if we are interrupted, nothing of it is left behind."""
     child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
         return child.wait()
     except BaseException:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        os.killpg(child.pid, signal.SIGINT)
-        try:
-            child.wait(timeout=_GRACE)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
         raise
 
 
 def variables() -> dict[str, str]:
     """The environment of a child that imports this checkout."""
-    places = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    places = [str(ROOT), str(PLUGIN_PLACE), os.environ.get("PYTHONPATH", "")]
     return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, places))}

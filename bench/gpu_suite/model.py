@@ -27,11 +27,11 @@ import omnigene_fast
 from .. import runner
 from ..floors import Probe, synchronize
 from ..memory import peak_bytes
-from ..providers import BATCHED_MM_MAX_TOKENS, OURS
+from ..providers import BATCHED_MM_MAX_TOKENS, OURS, installed
 from ..timing import wall_clock
 from ..training import FALLBACK, _fallback
 from ..workloads import Shape
-from . import cases, environment, status, table
+from . import cases, status, table
 
 OPS = ("model_prefill", "model_decode", "model_frozen", "model_lora16")
 STOCK = {"eager": "eager", "grouped_mm": "grouped_mm", FALLBACK: "grouped_mm", "batched_mm": "batched_mm"}
@@ -113,7 +113,7 @@ def build(device: torch.device, tiny: bool) -> Subject:
 
 def rows_of(subject: Subject, op: str, mode: str, tokens: int, probe: Probe) -> list[runner.Row]:
     """One row per implementation of the experts."""
-    if op == "model_lora16" and not environment.installed("peft"):
+    if op == "model_lora16" and not installed("peft"):
         return [_row(subject, op, mode, tokens, OURS, ("missing", "peft is not installed"), probe)]
     names = [OURS, *(name for name in STOCK if _runs(op, name, tokens))]
     jobs = {name: _job(subject, op, tokens, name) for name in names}

@@ -55,14 +55,16 @@ def page(rows: list[Row], environment: dict[str, Any], steps: list[status.Status
 def _machine(environment: dict[str, Any]) -> str:
     if not environment:
         return "The step `environment` has left nothing."
-    fields, probe = environment["fields"], environment["probe"]
+    fields, probe = environment["fields"], environment.get("probe")
     versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in fields["versions"].items())
     lines = [
         f"{fields['device']}, {fields['date']}, {fields['backend']} kernels; {versions}; CUDA {environment['cuda']}.",
-        f"Measured: {probe['bandwidth_gb_s']:,.0f} GB/s, {probe['peak_gflop_s'] / 1e3:,.1f} TFLOP/s ({probe['kind']}).",
         f"C++ module: {environment['cpp_module']}.",
     ]
-    smi = environment["nvidia_smi_after_load"]
+    if probe is not None:
+        peak = probe["peak_gflop_s"] / 1e3
+        lines.append(f"Measured: {probe['bandwidth_gb_s']:,.0f} GB/s, {peak:,.1f} TFLOP/s ({probe['kind']}).")
+    smi = environment.get("nvidia_smi_after_load", environment["nvidia_smi"])
     lines.append(smi + "." if isinstance(smi, str) else "; ".join(f"{key} {value}" for key, value in smi.items()) + ".")
     lines += [f"Without `{name}`: {without}." for name, without in environment["missing"].items()]
     lines += [f"No `{name}`." for name, path in environment["tools"].items() if path is None]
