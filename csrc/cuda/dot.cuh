@@ -122,7 +122,7 @@ struct Dot<float, Weight, ALIGNED, R, BATCH> {
 
     DEVICE void run(const Weight* const (&weights)[R], const float* const* rows, int count, int begin, int end,
                     int length, bool wait) {
-        constexpr int N = CHUNK<Weight>, EACH = N / 4;
+        constexpr int N = CHUNK<Weight>, EACH = N / 4;  // weights of a word
         const int lane = threadIdx.x % WARP;
         UNROLL for (int r = 0; r < R; ++r) UNROLL for (int m = 0; m < SLOTS; ++m) sums[r][m] = 0.0f;
         ROLLED for (int step = begin; step < end; step += BATCH) {
@@ -144,12 +144,13 @@ struct Dot<float, Weight, ALIGNED, R, BATCH> {
                 UNROLL for (int m = 0; m < SLOTS; ++m) {
                     if (m >= count) continue;
                     const float* x = rows[m] + first + b * STEP<Weight>;
-                    UNROLL for (int i = 0; i < 4; ++i) {
-                        u32 part[EACH];
-                        load_part(x + i * EACH, left - i * EACH, part);
+                    UNROLL for (int i = 0; i < N; i += 4) {
+                        u32 part[4];
+                        load_chunk<ALIGNED, 4, false>(x + i, left - i, part);
                         UNROLL for (int r = 0; r < R; ++r) {
-                            UNROLL for (int j = 0; j < EACH; ++j)
-                                sums[r][m] += weight_in_word(Weight{}, w[b][r][i], j) * __uint_as_float(part[j]);
+                            UNROLL for (int j = 0; j < 4; ++j)
+                                sums[r][m] += weight_in_word(Weight{}, w[b][r][(i + j) / EACH], (i + j) % EACH) *
+                                              __uint_as_float(part[j]);
                             if (i == 0) sums[r][m] += poison[r];
                         }
                     }
@@ -160,16 +161,6 @@ struct Dot<float, Weight, ALIGNED, R, BATCH> {
             if (m >= count) continue;
             sums[r][m] += __shfl_xor_sync(ALL_LANES, sums[r][m], 1);
             sums[r][m] += __shfl_xor_sync(ALL_LANES, sums[r][m], 2);
-        }
-    }
-
-    // The numbers of x that belong to one word of weights.
-    template <int EACH>
-    DEVICE void load_part(const float* x, int left, u32 (&part)[EACH]) {
-        if constexpr (ALIGNED && EACH == 4) {
-            load_chunk<true, 4, false>(x, left, part);
-        } else {
-            UNROLL for (int j = 0; j < EACH; ++j) part[j] = j < left ? __float_as_uint(load(x + j)) : 0u;
         }
     }
 

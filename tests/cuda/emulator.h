@@ -3,8 +3,8 @@
 //
 // It is stricter than a GPU where that shows mistakes: shared memory is poisoned before each block, reads and writes
 // outside the tensors of a launch and unaligned ones fail, so do lanes that meet in different instructions and threads
-// that wait for one that has left. The order of blocks, of threads
-// between two meetings, and how fast each warp runs, are drawn from a seed.
+// that wait for one that has left. The order of blocks, that of threads between two meetings, and how fast each warp
+// runs are drawn from a seed.
 #pragma once
 
 #include <ucontext.h>

@@ -1,5 +1,10 @@
 """Compilation without a GPU: every kernel for every architecture, the cache, and what is said when something fails."""
 
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +12,7 @@ from omnigene_fast.cuda import CompileError, Kernel, all_kernels, cache, launch,
 
 REASON = launch.unavailable()
 needs_nvrtc = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+TRITON = importlib.util.find_spec("triton") is not None
 KERNEL = Kernel("decode_up", torch.bfloat16, torch.bfloat16, True)
 
 
@@ -96,3 +102,31 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(launch, "_installed", lambda name: True)
     monkeypatch.setattr(nvrtc, "version", lambda: (_ for _ in ()).throw(OSError("libnvrtc.so.13 not found")))
     assert "NVRTC does not load (OSError: libnvrtc.so.13 not found)" in launch._unavailable.__wrapped__(None, "")
+
+
+TOOLS = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" if TRITON else Path()
+
+
+@needs_nvrtc
+@pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="no cuobjdump: it comes with triton")
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("name", ["decode_up", "decode_down"])
+def test_resources_on_hopper(name, weight, tmp_path):
+    """No spill, 16-byte loads of weights past the L1 cache, and as many blocks at once as a token needs."""
+    kernel = Kernel(name, torch.bfloat16, weight, True)
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(kernel.cubin("sm_90a"))
+
+    def ask(tool, *options):
+        return subprocess.run([TOOLS / tool, *options, path], capture_output=True, text=True, check=True).stdout
+
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", ask("cuobjdump", "-res-usage"))}
+    assert usage["STACK"] == usage["LOCAL"] == 0
+    registers = -(-usage["REG"] // 8) * 8 * kernel.threads
+    blocks = {"decode_up": 704, "decode_down": 352}[name]
+    assert 132 * (65536 // registers) >= blocks
+    sass = ask("nvdisasm")
+    loads = re.findall(r"LDG\.(\S*)", sass)
+    # Those of a batch, and as many and more again of the loop for more than 8 tokens of one expert.
+    assert sum("128" in load and "CONSTANT" in load for load in loads) >= {"decode_up": 8, "decode_down": 11}[name]
+    assert "HMMA" in sass
