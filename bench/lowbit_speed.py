@@ -106,12 +106,13 @@ def error(name: str, plain, sides, shape: Shape, generator: torch.Generator) -> 
     hidden = torch.randn(8, shape.H, generator=generator).bfloat16()
     index = torch.rand(8, E, generator=generator).topk(K, dim=1).indices
     weight = torch.rand(8, K, generator=generator)
-    numbers, scales = zip(*((x[:E], scale[:E]) for x, scale in sides), strict=True)
-    named = {"gate_up_scale": scales[0], "down_scale": scales[1]}
-    options = {"activation": "gelu_tanh"}
-    out = expert_mlp(hidden, *numbers, index, weight, **named, **options).double()
-    exact = reference.expert_mlp(hidden.double(), *numbers, index, weight.double(), **named, **options)
-    truth = reference.expert_mlp(hidden.double(), *(x[:E].double() for x in plain), index, weight.double(), **options)
+    (gate_up, up_scale), (down, down_scale) = ((x[:E], scale[:E]) for x, scale in sides)
+    scales = {"gate_up_scale": up_scale, "down_scale": down_scale}
+    wide, wide_weight, kind = hidden.double(), weight.double(), "gelu_tanh"
+    out = expert_mlp(hidden, gate_up, down, index, weight, activation=kind, **scales).double()
+    exact = reference.expert_mlp(wide, gate_up, down, index, wide_weight, activation=kind, **scales)
+    gate_up, down = (x[:E].double() for x in plain)
+    truth = reference.expert_mlp(wide, gate_up, down, index, wide_weight, activation=kind)
 
     def relative(to: Tensor) -> float:
         return ((out - to).norm() / to.norm()).item()

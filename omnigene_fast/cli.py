@@ -166,3 +166,6 @@ def bench(
 
 for _command in (*cli_trace.COMMANDS, cli_kernels.kernels, *cli_tune.COMMANDS):
     main.add_command(_command)
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,11 @@
 """Rules for every test: one thread, and no luck with uninitialised memory."""
 
+import os
+
 import pytest
 import torch
+
+os.environ.setdefault("OMNIGENE_FAST_TUNED", "")  # what the user of this machine has tuned is not under test
 
 
 @pytest.fixture(autouse=True, scope="session")

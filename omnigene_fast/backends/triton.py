@@ -284,11 +284,13 @@ def _tiles(
     index: Tensor, lora: Lora, hidden: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *others: Tensor
 ) -> "ExpertTiles":
     """The choice of `kernels.tiles` for these operands."""
-    from ..kernels.tiles import expert_tiles, rows_per_expert
+    from ..kernels.tiles import expert_tiles, gpu_name, rows_per_expert
     from ..kernels.weights import tiles_of_8_bits
 
     E, H, I = down_proj.shape  # noqa: E741
     T, K = index.shape
+    stored = {gate_up_proj.dtype, down_proj.dtype}
+    plain = stored == {hidden.dtype}
     tiles = expert_tiles(
         rows_per_expert(T, K, E),
         I,
@@ -296,9 +298,10 @@ def _tiles(
         _arch(hidden.device),
         aligned=H % 16 == 0 and I % 16 == 0 and all(map(_aligned, (hidden, gate_up_proj, down_proj, *others))),
         lora=any(factor is not None for factor in lora),
+        weight_bits=16 if plain else 8,
+        device=gpu_name(hidden.device),
     )
-    stored = {gate_up_proj.dtype, down_proj.dtype}
-    return tiles if stored == {hidden.dtype} else tiles_of_8_bits(tiles, torch.uint8 in stored)
+    return tiles if plain else tiles_of_8_bits(tiles, torch.uint8 in stored)
 
 
 def _factors(lora: Lora) -> "tuple[LoraFactors | None, LoraFactors | None]":

@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from omnigene_fast import backends
+from omnigene_fast.backends import triton as backend
 from omnigene_fast.kernels import tables, tiles
 
 ARCHES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
@@ -176,6 +178,21 @@ def test_a_lookup_costs_microseconds():
     choose(1)
     again = min(timeit.repeat(lambda: choose(1), number=1000, repeat=5)) / 1000
     assert again < 20e-6
+
+
+def test_the_backend_asks_for_its_gpu_and_its_weights(monkeypatch, tmp_path):
+    """A table measured on the GPU reaches the launchers, and weights in 8 bits have buckets of their own."""
+    path = tmp_path / "cache" / "omnigene-fast" / "tuned" / FILE
+    bits = measured()["buckets"][0] | {"weights": "8bit"}
+    save(measured(buckets=[bits]), path)
+    monkeypatch.setattr(tiles, "gpu_name", lambda device: DEVICE)
+    monkeypatch.setattr(backend, "_arch", lambda device: 90)
+    index, hidden = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 32, dtype=torch.bfloat16)
+    shapes = ((2, 32, 32), (2, 32, 16))
+    plain, low = ([torch.zeros(s, dtype=dtype) for s in shapes] for dtype in (torch.bfloat16, torch.int8))
+    lora = backends.Lora(None, None, None, None)
+    assert backend._tiles(index, lora, hidden, *low).down.block_k == 32
+    assert backend._tiles(index, lora, hidden, *plain).down.block_k == 128
 
 
 # Tables of the user

@@ -77,8 +77,9 @@ def expected(load):
     return joined | {"down_bwd": backward, "gram": gram, "low_rank_gram": [low_gram]}
 
 
-def test_every_kernel_computes_what_its_name_says(device):
-    settings, load = make(device, rank=16)
+@pytest.mark.parametrize("weights", ["same", "int8", "fp8"])
+def test_every_kernel_computes_what_its_name_says(device, weights):
+    settings, load = make(device, rank=16, weights=weights)
     choice = settings.present(T, None)
     truth = expected(load)
     for kernel in tables.KERNELS:
