@@ -12,6 +12,8 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +25,11 @@ from .workloads import Shape
 CHECKED_EXPERTS = 4
 
 
-def ratios(plain, low, seconds: float) -> tuple[list[float], float]:
+def ratios(plain: Callable[[int], None], low: Callable[[int], None], seconds: float) -> tuple[list[float], float]:
     """Of neighbouring calls, plain over low, and the median seconds of low."""
-    pairs, times, end = [], [], time.perf_counter() + seconds
+    pairs: list[float] = []
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     plain(0), low(0)
     while time.perf_counter() < end or len(pairs) < 7:
         took = []
@@ -73,11 +77,15 @@ def main() -> None:
             for _ in range(n)
         ]
 
-    def call(projections, scales, drawn, backward: bool):
+    def call(
+        projections: Sequence[Tensor], scales: dict[str, Any], drawn: list[tuple[Tensor, ...]], backward: bool
+    ) -> Callable[[int], None]:
+        gate_up, down = projections
+
         def run(turn: int) -> None:
             hidden, index, weight = drawn[turn % len(drawn)]
             hidden = hidden.detach().requires_grad_(backward)
-            out = expert_mlp(hidden, *projections, index, weight, activation="gelu_tanh", **scales)
+            out = expert_mlp(hidden, gate_up, down, index, weight, activation="gelu_tanh", **scales)
             if backward:
                 out.backward(out.detach())
 
@@ -99,7 +107,13 @@ def main() -> None:
             )
 
 
-def error(name: str, plain, sides, shape: Shape, generator: torch.Generator) -> None:
+def error(
+    name: str,
+    plain: Sequence[Tensor],
+    sides: Sequence[tuple[Tensor, Tensor]],
+    shape: Shape,
+    generator: torch.Generator,
+) -> None:
     """Of a few experts, on which float64 is quick."""
     E = min(CHECKED_EXPERTS, shape.E)
     K = min(shape.K, E)
