@@ -121,7 +121,7 @@ def error(
     index = torch.rand(8, E, generator=generator).topk(K, dim=1).indices
     weight = torch.rand(8, K, generator=generator)
     (gate_up, up_scale), (down, down_scale) = ((x[:E], scale[:E]) for x, scale in sides)
-    scales = {"gate_up_scale": up_scale, "down_scale": down_scale}
+    scales: dict[str, Any] = {"gate_up_scale": up_scale, "down_scale": down_scale}
     wide, wide_weight, kind = hidden.double(), weight.double(), "gelu_tanh"
     out = expert_mlp(hidden, gate_up, down, index, weight, activation=kind, **scales).double()
     exact = reference.expert_mlp(wide, gate_up, down, index, wide_weight, activation=kind, **scales)
