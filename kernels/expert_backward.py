@@ -34,6 +34,7 @@ from .grouped_gemm import (
     halves,
     load_tile,
     parts,
+    programs,
     rank_options,
     tile_and_column,
     tile_table,
@@ -72,6 +73,7 @@ def _expert_down_bwd_kernel(
     stride_factor_column,
     ACTIVATION: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -82,8 +84,8 @@ def _expert_down_bwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """a = grad @ down (+ low @ factor) and what follows from it. Grid: (num_tiles * cdiv(I, BLOCK_N),); a program owns
-    BLOCK_M positions of one expert and BLOCK_N columns of a.
+    """a = grad @ down (+ low @ factor) and what follows from it. Grid: (num_tiles * cdiv(I, BLOCK_N),), or fewer if
+    PERSISTENT; a tile is BLOCK_M positions of one expert and BLOCK_N columns of a.
 
     With H = 0 there is no GEMM: then only weighted_h is of use. What is elementwise runs over one of PARTS column parts
     after the other, or its values would not fit into the registers.
@@ -104,75 +106,83 @@ def _expert_down_bwd_kernel(
     tile_expert_ptr  [num_tiles] int32
     tile_start_ptr   [num_tiles] int32
     """
-    tile, column = tile_and_column(num_tiles, tl.cdiv(I, BLOCK_N), GROUP_M)
-    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
-    if expert < 0:
-        return
-    position = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
-    inside = position < tl.load(offsets_ptr + expert + 1)
-    row = tl.load(order_ptr + position, mask=inside, other=0)  # past the end row 0: in bounds, and never stored
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    wide_n = n.to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    grad_ptrs = grad_ptr + (row // top_k).to(tl.int64)[:, None] * stride_grad + k[None, :]
-    if not DESCRIBED:
-        down_ptrs = down_ptr + expert * stride_expert + k.to(tl.int64)[:, None] * stride_row + wide_n[None, :]
+    num_columns = tl.cdiv(I, BLOCK_N)
+    first = tl.program_id(0)
+    end = num_tiles * num_columns if PERSISTENT else first + 1  # the loop over one tile is no loop once compiled
+    for index in range(first, end, tl.num_programs(0) if PERSISTENT else 1):
+        tile, column = tile_and_column(index, num_tiles, num_columns, GROUP_M)
+        expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+        if expert >= 0:
+            position = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
+            inside = position < tl.load(offsets_ptr + expert + 1)
+            row = tl.load(order_ptr + position, mask=inside, other=0)  # past the end row 0: in bounds, and never stored
+            n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+            wide_n = n.to(tl.int64)
+            k = tl.arange(0, BLOCK_K)
+            grad_ptrs = grad_ptr + (row // top_k).to(tl.int64)[:, None] * stride_grad + k[None, :]
+            if not DESCRIBED:
+                down_ptrs = down_ptr + expert * stride_expert + k.to(tl.int64)[:, None] * stride_row + wide_n[None, :]
 
-    if scale_ptr is not None:
-        scale_ptr += expert * H
+            scales_ptr = scale_ptr if scale_ptr is None else scale_ptr + expert * H
 
-    a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, H, BLOCK_K):
-        in_k = k < H - start
-        g = load_tile(grad_ptrs, inside, in_k, True, EVEN_K)
-        if DESCRIBED:
-            down = described_tile(down_ptr, expert, start, column * BLOCK_N, False)
-        else:
-            down = load_tile(down_ptrs, in_k, n < I, EVEN_K, EVEN_N)
-            down_ptrs += tl.cast(stride_row, tl.int64) * BLOCK_K
-        a = dot(g, widen_step(down, scale_ptr, start + k, in_k, EVEN_K, g.dtype), a)
-        grad_ptrs += BLOCK_K
-    if low_ptr is not None:
-        a = add_low_rank(
-            a,
-            low_ptr,
-            factor_ptr + expert * stride_factor_expert,
-            tl.where(inside, position, 0).to(tl.int64),
-            wide_n,
-            n < I,
-            rank,
-            stride_factor_rank,
-            stride_factor_column,
-            EVEN_N,
-            CHAIN,
-            BLOCK_R,
-        )
+            a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for start in range(0, H, BLOCK_K):
+                in_k = k < H - start
+                g = load_tile(grad_ptrs, inside, in_k, True, EVEN_K)
+                if DESCRIBED:
+                    down = described_tile(down_ptr, expert, start, column * BLOCK_N, False)
+                else:
+                    down = load_tile(down_ptrs, in_k, n < I, EVEN_K, EVEN_N)
+                    down_ptrs += tl.cast(stride_row, tl.int64) * BLOCK_K
+                a = dot(g, widen_step(down, scales_ptr, start + k, in_k, EVEN_K, g.dtype), a)
+                grad_ptrs += BLOCK_K
+            if low_ptr is not None:
+                a = add_low_rank(
+                    a,
+                    low_ptr,
+                    factor_ptr + expert * stride_factor_expert,
+                    tl.where(inside, position, 0).to(tl.int64),
+                    wide_n,
+                    n < I,
+                    rank,
+                    stride_factor_rank,
+                    stride_factor_column,
+                    EVEN_N,
+                    CHAIN,
+                    BLOCK_R,
+                )
 
-    row = row.to(tl.int64)
-    position = position.to(tl.int64)
-    weight = tl.load(weights_ptr + row, mask=inside, other=0.0).to(tl.float32)[:, None]
-    pre_ptrs = pre_ptr + row[:, None] * (2 * I)
-    d_pre_ptrs = d_pre_ptr if d_pre_ptr is None else d_pre_ptr + position[:, None] * (2 * I)
-    h_ptrs = weighted_h_ptr if weighted_h_ptr is None else weighted_h_ptr + position[:, None] * I
-    inside = inside[:, None]
-    first = column * BLOCK_N
-    partial = tl.zeros([BLOCK_M], tl.float32)
-    if PARTS == 1:
-        partial += _elementwise(a, first, pre_ptrs, weight, d_pre_ptrs, h_ptrs, inside, I, ACTIVATION)
-    else:
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = halves(a)
-        if PARTS == 2:
-            partial += _elementwise(left, first, pre_ptrs, weight, d_pre_ptrs, h_ptrs, inside, I, ACTIVATION)
-            partial += _elementwise(right, first + HALF, pre_ptrs, weight, d_pre_ptrs, h_ptrs, inside, I, ACTIVATION)
-        else:
-            QUARTER: tl.constexpr = BLOCK_N // 4
-            for part in tl.static_range(4):
-                quarter = halves(left if part < 2 else right)[part % 2]
-                here = first + part * QUARTER
-                partial += _elementwise(quarter, here, pre_ptrs, weight, d_pre_ptrs, h_ptrs, inside, I, ACTIVATION)
-    if partial_ptr is not None:
-        tl.store(partial_ptr + column.to(tl.int64) * N + row, partial, mask=tl.reshape(inside, [BLOCK_M]))
+            row = row.to(tl.int64)
+            position = position.to(tl.int64)
+            weight = tl.load(weights_ptr + row, mask=inside, other=0.0).to(tl.float32)[:, None]
+            pre_ptrs = pre_ptr + row[:, None] * (2 * I)
+            d_pre_ptrs = d_pre_ptr if d_pre_ptr is None else d_pre_ptr + position[:, None] * (2 * I)
+            h_ptrs = weighted_h_ptr if weighted_h_ptr is None else weighted_h_ptr + position[:, None] * I
+            inside = inside[:, None]
+            left_column = column * BLOCK_N
+            partial = tl.zeros([BLOCK_M], tl.float32)
+            if PARTS == 1:
+                partial += _elementwise(a, left_column, pre_ptrs, weight, d_pre_ptrs, h_ptrs, inside, I, ACTIVATION)
+            else:
+                HALF: tl.constexpr = BLOCK_N // 2
+                left, right = halves(a)
+                if PARTS == 2:
+                    partial += _elementwise(
+                        left, left_column, pre_ptrs, weight, d_pre_ptrs, h_ptrs, inside, I, ACTIVATION
+                    )
+                    partial += _elementwise(
+                        right, left_column + HALF, pre_ptrs, weight, d_pre_ptrs, h_ptrs, inside, I, ACTIVATION
+                    )
+                else:
+                    QUARTER: tl.constexpr = BLOCK_N // 4
+                    for part in tl.static_range(4):
+                        quarter = halves(left if part < 2 else right)[part % 2]
+                        here = left_column + part * QUARTER
+                        partial += _elementwise(
+                            quarter, here, pre_ptrs, weight, d_pre_ptrs, h_ptrs, inside, I, ACTIVATION
+                        )
+            if partial_ptr is not None:
+                tl.store(partial_ptr + column.to(tl.int64) * N + row, partial, mask=tl.reshape(inside, [BLOCK_M]))
 
 
 @triton.jit
@@ -256,7 +266,7 @@ def launch_expert_down_bwd(
     if reduction == 0:
         low_rank = None
     descriptor = describe(down_proj, tile.block_k, tile.block_n) if tile.tma else None
-    _expert_down_bwd_kernel[(dispatch.num_tiles * columns,)](
+    _expert_down_bwd_kernel[(programs(tile, dispatch.num_tiles * columns, device),)](
         grad_out,
         down_proj if descriptor is None else descriptor,
         scale,
@@ -277,6 +287,7 @@ def launch_expert_down_bwd(
         *(low_rank.factor.stride() if low_rank else (0, 0, 0)),
         ACTIVATION=activation,
         DESCRIBED=descriptor is not None,
+        PERSISTENT=tile.persistent,
         EVEN_K=reduction % tile.block_k == 0,
         EVEN_N=I % tile.block_n == 0,
         **rank_options(low_rank, tile),

@@ -34,6 +34,7 @@ from .grouped_gemm import (
     launch_grouped_gemm,
     load_tile,
     parts,
+    programs,
     rank_options,
     tile_and_column,
     tile_table,
@@ -68,6 +69,7 @@ def _expert_up_fwd_kernel(
     stride_factor_row,
     ACTIVATION: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     CHAIN: tl.constexpr,
@@ -77,8 +79,8 @@ def _expert_up_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """h = act(gate) * up. Grid: (num_tiles * cdiv(I, BLOCK_N),); a program owns BLOCK_M positions of one expert and
-    BLOCK_N columns of h, for which it sums BLOCK_N gate columns and BLOCK_N up columns.
+    """h = act(gate) * up. Grid: (num_tiles * cdiv(I, BLOCK_N),), or fewer if PERSISTENT; a tile is BLOCK_M positions of
+    one expert and BLOCK_N columns of h, for which BLOCK_N gate columns and BLOCK_N up columns are summed.
 
     hidden_ptr       [T, H] bf16, fp16 or fp32, rows `stride_hidden` apart, gathered: row // top_k is the token
     gate_up_ptr      [E, 2I, H] same dtype, or 8 bits (weights.py); experts `stride_expert`, rows `stride_row` apart;
@@ -93,87 +95,90 @@ def _expert_up_fwd_kernel(
     tile_expert_ptr  [num_tiles] int32
     tile_start_ptr   [num_tiles] int32
     """
-    tile, column = tile_and_column(num_tiles, tl.cdiv(I, BLOCK_N), GROUP_M)
-    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
-    if expert < 0:
-        return
-    position = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
-    inside = position < tl.load(offsets_ptr + expert + 1)
-    # Rows and columns past the end repeat number 0: in bounds without a mask, and never stored.
-    row = tl.load(order_ptr + position, mask=inside, other=0)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    weight_row = tl.where(n < I, n, 0).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    x_ptrs = hidden_ptr + (row // top_k).to(tl.int64)[:, None] * stride_hidden + k[None, :]
-    if not DESCRIBED:
-        weight_ptrs = gate_up_ptr + expert * stride_expert + k[:, None]
-        gate_ptrs = weight_ptrs + weight_row[None, :] * stride_row
-        up_ptrs = weight_ptrs + (weight_row[None, :] + I) * stride_row
+    num_columns = tl.cdiv(I, BLOCK_N)
+    first = tl.program_id(0)
+    end = num_tiles * num_columns if PERSISTENT else first + 1  # the loop over one tile is no loop once compiled
+    for index in range(first, end, tl.num_programs(0) if PERSISTENT else 1):
+        tile, column = tile_and_column(index, num_tiles, num_columns, GROUP_M)
+        expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+        if expert >= 0:
+            position = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
+            inside = position < tl.load(offsets_ptr + expert + 1)
+            # Rows and columns past the end repeat number 0: in bounds without a mask, and never stored.
+            row = tl.load(order_ptr + position, mask=inside, other=0)
+            n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+            weight_row = tl.where(n < I, n, 0).to(tl.int64)
+            k = tl.arange(0, BLOCK_K)
+            x_ptrs = hidden_ptr + (row // top_k).to(tl.int64)[:, None] * stride_hidden + k[None, :]
+            if not DESCRIBED:
+                weight_ptrs = gate_up_ptr + expert * stride_expert + k[:, None]
+                gate_ptrs = weight_ptrs + weight_row[None, :] * stride_row
+                up_ptrs = weight_ptrs + (weight_row[None, :] + I) * stride_row
 
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, H, BLOCK_K):
-        in_k = k < H - start
-        x = load_tile(x_ptrs, inside, in_k, True, EVEN_K)
-        if DESCRIBED:
-            # In the last column tile, the gate's columns past I are the up projection's first, and those of the up
-            # projection are past the matrix, where TMA reads zeros. Neither is stored.
-            gate_weight = described_tile(gate_up_ptr, expert, column * BLOCK_N, start, True)
-            up_weight = described_tile(gate_up_ptr, expert, I + column * BLOCK_N, start, True)
-        else:
-            gate_weight = load_tile(gate_ptrs, in_k, n < I, EVEN_K, True)
-            up_weight = load_tile(up_ptrs, in_k, n < I, EVEN_K, True)
-            gate_ptrs += BLOCK_K
-            up_ptrs += BLOCK_K
-        gate = dot(x, widen(gate_weight, None, x.dtype), gate)
-        up = dot(x, widen(up_weight, None, x.dtype), up)
-        x_ptrs += BLOCK_K
-    if scale_ptr is not None:
-        scale_ptr += expert * (2 * I)
-        gate = scale_columns(gate, scale_ptr, n, n < I)
-        up = scale_columns(up, scale_ptr + I, n, n < I)
-    if low_ptr is not None:
-        own = tl.where(inside, position, 0).to(tl.int64)
-        factor_ptr += expert * stride_factor_expert
-        gate = add_low_rank(
-            gate,
-            low_ptr,
-            factor_ptr,
-            own,
-            weight_row,
-            n < I,
-            rank,
-            stride_factor_rank,
-            stride_factor_row,
-            True,
-            CHAIN,
-            BLOCK_R,
-        )
-        up = add_low_rank(
-            up,
-            low_ptr,
-            factor_ptr,
-            own,
-            weight_row + I,
-            n < I,
-            rank,
-            stride_factor_rank,
-            stride_factor_row,
-            True,
-            CHAIN,
-            BLOCK_R,
-        )
-    row = row.to(tl.int64)
-    position = position.to(tl.int64)
-    if PARTS == 1:
-        _activate_and_store(gate, up, column * BLOCK_N, pre_ptr, h_ptr, row, position, inside, I, ACTIVATION)
-    else:
-        first = column * BLOCK_N
-        gate, right_gate = halves(gate)
-        up, right_up = halves(up)
-        _activate_and_store(gate, up, first, pre_ptr, h_ptr, row, position, inside, I, ACTIVATION)
-        first += BLOCK_N // 2
-        _activate_and_store(right_gate, right_up, first, pre_ptr, h_ptr, row, position, inside, I, ACTIVATION)
+            gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for start in range(0, H, BLOCK_K):
+                in_k = k < H - start
+                x = load_tile(x_ptrs, inside, in_k, True, EVEN_K)
+                if DESCRIBED:
+                    # In the last column tile, the gate's columns past I are the up projection's first, and its own are
+                    # past the matrix, where TMA reads zeros. Neither is stored.
+                    gate_weight = described_tile(gate_up_ptr, expert, column * BLOCK_N, start, True)
+                    up_weight = described_tile(gate_up_ptr, expert, I + column * BLOCK_N, start, True)
+                else:
+                    gate_weight = load_tile(gate_ptrs, in_k, n < I, EVEN_K, True)
+                    up_weight = load_tile(up_ptrs, in_k, n < I, EVEN_K, True)
+                    gate_ptrs += BLOCK_K
+                    up_ptrs += BLOCK_K
+                gate = dot(x, widen(gate_weight, None, x.dtype), gate)
+                up = dot(x, widen(up_weight, None, x.dtype), up)
+                x_ptrs += BLOCK_K
+            if scale_ptr is not None:
+                scales_ptr = scale_ptr + expert * (2 * I)
+                gate = scale_columns(gate, scales_ptr, n, n < I)
+                up = scale_columns(up, scales_ptr + I, n, n < I)
+            if low_ptr is not None:
+                own = tl.where(inside, position, 0).to(tl.int64)
+                factors_ptr = factor_ptr + expert * stride_factor_expert
+                gate = add_low_rank(
+                    gate,
+                    low_ptr,
+                    factors_ptr,
+                    own,
+                    weight_row,
+                    n < I,
+                    rank,
+                    stride_factor_rank,
+                    stride_factor_row,
+                    True,
+                    CHAIN,
+                    BLOCK_R,
+                )
+                up = add_low_rank(
+                    up,
+                    low_ptr,
+                    factors_ptr,
+                    own,
+                    weight_row + I,
+                    n < I,
+                    rank,
+                    stride_factor_rank,
+                    stride_factor_row,
+                    True,
+                    CHAIN,
+                    BLOCK_R,
+                )
+            row = row.to(tl.int64)
+            position = position.to(tl.int64)
+            if PARTS == 1:
+                _activate_and_store(gate, up, column * BLOCK_N, pre_ptr, h_ptr, row, position, inside, I, ACTIVATION)
+            else:
+                left = column * BLOCK_N
+                gate, right_gate = halves(gate)
+                up, right_up = halves(up)
+                _activate_and_store(gate, up, left, pre_ptr, h_ptr, row, position, inside, I, ACTIVATION)
+                left += BLOCK_N // 2
+                _activate_and_store(right_gate, right_up, left, pre_ptr, h_ptr, row, position, inside, I, ACTIVATION)
 
 
 @triton.jit
@@ -213,7 +218,8 @@ def launch_expert_up_fwd(
     h = torch.empty((N, I), dtype=hidden.dtype, device=hidden.device) if want_h else None
     pre = torch.empty((N, 2 * I), dtype=hidden.dtype, device=hidden.device) if want_preactivation else None
     descriptor = describe(gate_up_proj, tile.block_n, tile.block_k) if tile.tma else None
-    _expert_up_fwd_kernel[(dispatch.num_tiles * triton.cdiv(I, tile.block_n),)](
+    columns = triton.cdiv(I, tile.block_n)
+    _expert_up_fwd_kernel[(programs(tile, dispatch.num_tiles * columns, hidden.device, accumulators=2),)](
         hidden,
         gate_up_proj if descriptor is None else descriptor,
         scale,
@@ -230,6 +236,7 @@ def launch_expert_up_fwd(
         *(low_rank.factor.stride() if low_rank else (0, 0, 0)),
         ACTIVATION=activation,
         DESCRIBED=descriptor is not None,
+        PERSISTENT=tile.persistent,
         EVEN_K=H % tile.block_k == 0,
         **rank_options(low_rank, tile),
         PARTS=2 if want_preactivation and parts(tile) >= 4 else 1,

@@ -8,11 +8,18 @@ of spare tiles exit. Neighbouring programs take GROUP_M row tiles before the nex
 read again while they are in L2; few giant experts and many small ones fill the GPU alike, tiles being all the grid
 knows. Sums run in float32; float32 inputs are multiplied in full precision, never in TF32.
 
+With `Tile.persistent`, as many programs as run at once walk the same tiles in the same order, a static stride apart.
+That saves the start of a program per tile and costs up to 72 registers, by compilation for Hopper. By count, not by
+measurement, it pays nowhere at Gemma-4's sizes, and no table asks for it: as many waves remain, a spare tile costs the
+load of its number either way (about 1 % of the time for all of them, at 512 tokens as at 16,384), and what a tile has
+to wait for, row numbers and its first stages, is hidden better by a second program on the multiprocessor.
+
 A low-rank update of a matrix, W + lhs @ rhs, is never built: rows @ rhs^T is a GEMM of its own, whose product with
 lhs^T is added to rows @ W^T before it leaves the accumulator (from one of its own where `Tile.chain` is False). Ranks
 are padded to multiples of 16 by zeros (lora.py).
 """
 
+import functools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -37,11 +44,10 @@ class LowRank(NamedTuple):
 
 
 @triton.jit
-def tile_and_column(num_tiles, num_columns, GROUP_M: tl.constexpr):
-    """Which tile and which column tile this program owns."""
-    program = tl.program_id(0)
-    group = program // (GROUP_M * num_columns)
-    within = program % (GROUP_M * num_columns)
+def tile_and_column(index, num_tiles, num_columns, GROUP_M: tl.constexpr):
+    """Which tile and which column tile the index stands for."""
+    group = index // (GROUP_M * num_columns)
+    within = index % (GROUP_M * num_columns)
     size = tl.minimum(num_tiles - group * GROUP_M, GROUP_M)
     return group * GROUP_M + within % size, within // size
 
@@ -132,6 +138,7 @@ def _grouped_gemm_kernel(
     stride_factor_n,
     GATHER: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     SCALED_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -142,8 +149,8 @@ def _grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """out = rows @ weight + low @ factor. Grid: (num_tiles * cdiv(N, BLOCK_N),); a program owns BLOCK_M positions of
-    one expert and BLOCK_N columns of out.
+    """out = rows @ weight + low @ factor. Grid: (num_tiles * cdiv(N, BLOCK_N),), or fewer if PERSISTENT; a tile is
+    BLOCK_M positions of one expert and BLOCK_N columns of out.
 
     rows_ptr         [T, K] if GATHER (row // top_k is the token), else [positions, K]; bf16, fp16 or fp32
     weight_ptr       [E, K, N] same dtype, or 8 bits (weights.py); any strides. If DESCRIBED is "k" or "n", a
@@ -157,57 +164,59 @@ def _grouped_gemm_kernel(
     tile_expert_ptr  [num_tiles] int32
     tile_start_ptr   [num_tiles] int32
     """
-    tile, column = tile_and_column(num_tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
-    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
-    if expert < 0:
-        return
-    position = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
-    inside = position < tl.load(offsets_ptr + expert + 1)
-    row = _token_or_position(order_ptr, position, inside, top_k, GATHER)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    wide_n = n.to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    rows_ptrs = rows_ptr + row[:, None] * stride_rows + k[None, :]
-    if DESCRIBED == "":
-        weight_ptrs = weight_ptr + expert * stride_expert
-        weight_ptrs += k.to(tl.int64)[:, None] * stride_k + wide_n[None, :] * stride_n
+    num_columns = tl.cdiv(N, BLOCK_N)
+    first = tl.program_id(0)
+    end = num_tiles * num_columns if PERSISTENT else first + 1  # the loop over one tile is no loop once compiled
+    for index in range(first, end, tl.num_programs(0) if PERSISTENT else 1):
+        tile, column = tile_and_column(index, num_tiles, num_columns, GROUP_M)
+        expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+        if expert >= 0:
+            position = tl.load(tile_start_ptr + tile) + tl.arange(0, BLOCK_M)
+            inside = position < tl.load(offsets_ptr + expert + 1)
+            row = _token_or_position(order_ptr, position, inside, top_k, GATHER)
+            n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+            wide_n = n.to(tl.int64)
+            k = tl.arange(0, BLOCK_K)
+            rows_ptrs = rows_ptr + row[:, None] * stride_rows + k[None, :]
+            if DESCRIBED == "":
+                weight_ptrs = weight_ptr + expert * stride_expert
+                weight_ptrs += k.to(tl.int64)[:, None] * stride_k + wide_n[None, :] * stride_n
 
-    if scale_ptr is not None:
-        scale_ptr += expert * (K if SCALED_K else N)
+            scales_ptr = scale_ptr if scale_ptr is None else scale_ptr + expert * (K if SCALED_K else N)
 
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        in_k = k < K - start
-        x = load_tile(rows_ptrs, inside, in_k, True, EVEN_K)
-        if DESCRIBED == "k":
-            weight = described_tile(weight_ptr, expert, column * BLOCK_N, start, True)
-        elif DESCRIBED == "n":
-            weight = described_tile(weight_ptr, expert, start, column * BLOCK_N, False)
-        else:
-            weight = load_tile(weight_ptrs, in_k, n < N, EVEN_K, EVEN_N)
-            weight_ptrs += tl.cast(stride_k, tl.int64) * BLOCK_K
-        weight = widen_step(weight, scale_ptr if SCALED_K else None, start + k, in_k, EVEN_K, x.dtype)
-        total = dot(x, weight, total)
-        rows_ptrs += BLOCK_K
-    if scale_ptr is not None and not SCALED_K:
-        total = scale_columns(total, scale_ptr, n, n < N)
-    if low_ptr is not None:
-        total = add_low_rank(
-            total,
-            low_ptr,
-            factor_ptr + expert * stride_factor_expert,
-            tl.where(inside, position, 0).to(tl.int64),
-            wide_n,
-            n < N,
-            rank,
-            stride_factor_rank,
-            stride_factor_n,
-            EVEN_N,
-            CHAIN,
-            BLOCK_R,
-        )
-    out_ptrs = out_ptr + position.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+            total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for start in range(0, K, BLOCK_K):
+                in_k = k < K - start
+                x = load_tile(rows_ptrs, inside, in_k, True, EVEN_K)
+                if DESCRIBED == "k":
+                    weight = described_tile(weight_ptr, expert, column * BLOCK_N, start, True)
+                elif DESCRIBED == "n":
+                    weight = described_tile(weight_ptr, expert, start, column * BLOCK_N, False)
+                else:
+                    weight = load_tile(weight_ptrs, in_k, n < N, EVEN_K, EVEN_N)
+                    weight_ptrs += tl.cast(stride_k, tl.int64) * BLOCK_K
+                weight = widen_step(weight, scales_ptr if SCALED_K else None, start + k, in_k, EVEN_K, x.dtype)
+                total = dot(x, weight, total)
+                rows_ptrs += BLOCK_K
+            if scale_ptr is not None and not SCALED_K:
+                total = scale_columns(total, scales_ptr, n, n < N)
+            if low_ptr is not None:
+                total = add_low_rank(
+                    total,
+                    low_ptr,
+                    factor_ptr + expert * stride_factor_expert,
+                    tl.where(inside, position, 0).to(tl.int64),
+                    wide_n,
+                    n < N,
+                    rank,
+                    stride_factor_rank,
+                    stride_factor_n,
+                    EVEN_N,
+                    CHAIN,
+                    BLOCK_R,
+                )
+            out_ptrs = out_ptr + position.to(tl.int64)[:, None] * N + n[None, :]
+            tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -300,7 +309,7 @@ def launch_grouped_gemm(
         last, descriptor = "n", describe(weight, tile.block_k, tile.block_n)
     elif tile.tma:
         last, descriptor = "k", describe(weight.transpose(1, 2), tile.block_n, tile.block_k)
-    _grouped_gemm_kernel[(dispatch.num_tiles * triton.cdiv(N, tile.block_n),)](
+    _grouped_gemm_kernel[(programs(tile, dispatch.num_tiles * triton.cdiv(N, tile.block_n), rows.device),)](
         rows,
         weight if descriptor is None else descriptor,
         scale,
@@ -316,6 +325,7 @@ def launch_grouped_gemm(
         *(low_rank.factor.stride() if low_rank else (0, 0, 0)),
         GATHER=gather,
         DESCRIBED="" if descriptor is None else last,
+        PERSISTENT=tile.persistent,
         SCALED_K=scale is not None and scale_reduced,
         EVEN_K=K % tile.block_k == 0,
         EVEN_N=N % tile.block_n == 0,
@@ -361,6 +371,24 @@ def launch_grouped_gram(
         # A gathered row comes through a second load, of its number: only twice the depth holds as many tiles in flight.
         **blocks(replace(tile, stages=2 * tile.stages - 1) if gather_left or gather_right else tile),
     )
+
+
+def programs(tile: Tile, count: int, device: torch.device, accumulators: int = 1) -> int:
+    """How many programs walk `count` tiles: one each, or if persistent as many as run at once.
+
+    Two share a multiprocessor if accumulators leave each thread the registers that half of a register file allows.
+    """
+    if not tile.persistent:
+        return count
+    held = accumulators * tile.block_m * tile.block_n // (32 * tile.warps)
+    return min(count, _multiprocessors(device) * (2 if held <= 64 else 1))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # in the interpreter any number will do
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tile_table(dispatch: Dispatch) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:

@@ -13,7 +13,7 @@ from .conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="reserves addresses of the host")
 STRIDE = 2**25  # rows of all operands are this many elements apart
-BELOW = 2**31  # elements below the base: where a 32-bit product would land, and find zeros
+BELOW = 2**32 + STRIDE  # elements below the base: where a 32-bit product would land, and find zeros
 ROOM = BELOW + 160 * STRIDE
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from omnigene_fast.kernels import tiles, weights
+from omnigene_fast.kernels import expert_backward, expert_forward, grouped_gemm, tiles, weights
 
 from . import gradients
 from .gradients import FULL, LORA
@@ -110,3 +110,35 @@ def test_what_cannot_be_described_goes_through_pointers(device, described, caplo
     monkeypatch.setattr(weights, "TensorDescriptor", None)
     assert weights.describe(gate_up, 16, 16) is None
     assert "has no host-side tensor descriptors" in caplog.messages[-1]
+
+
+def test_persistent_programs_take_every_tile(device, monkeypatch):
+    """Six programs walk 14 tiles or more, spare ones among them; the control lets each of the six take one only."""
+    case = gradients.make(device, torch.bfloat16, 40, 8, 1, H, I, ranks=(16, 3))
+    persistent = replace(TILE, persistent=True)
+    walking = replace(SMALL, up=persistent, down=persistent, down_bwd=persistent)
+
+    def run(choice):
+        out, preactivation = gradients.forward(case, save=True, choice=choice)
+        return [out, preactivation, *gradients.backward(case, (True,) * 8, preactivation, choice=choice)]
+
+    expected, launched = run(SMALL), []
+    original = grouped_gemm.programs
+
+    def programs(tile, count, device, accumulators=1):
+        made = original(tile, count, device, accumulators)
+        if tile.persistent:
+            launched.append((made, count))
+        return made
+
+    modules = (expert_backward, expert_forward, grouped_gemm)
+    for module in modules:
+        monkeypatch.setattr(module, "programs", programs)
+    ours = run(walking)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert len(launched) == 4
+    if device.type == "cpu":
+        assert all(made == 6 and count >= 14 for made, count in launched)
+        for module in modules:
+            monkeypatch.setattr(module, "programs", lambda tile, count, device, accumulators=1: min(count, 6))
+        assert not torch.equal(run(SMALL)[0], expected[0])
