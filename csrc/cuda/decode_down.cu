@@ -7,11 +7,8 @@
 #include "picks.cuh"
 
 constexpr int DOWN_WARPS = 4;
-#ifdef OMNIGENE_DOWN_BATCH
-constexpr int DOWN_BATCH = OMNIGENE_DOWN_BATCH;
-#else
+// Chunks that a lane has in flight: 11 are half a row of I = 704 in bf16.
 constexpr int DOWN_BATCH = !VEC || (sizeof(HIDDEN) == 4 && sizeof(WEIGHT) == 1) ? 1 : sizeof(HIDDEN) == 2 ? 11 : 4;
-#endif
 constexpr int DOWN_BLOCKS = 4;  // on a multiprocessor
 
 struct DownShared {

@@ -9,11 +9,8 @@
 #include "picks.cuh"
 
 constexpr int UP_WARPS = 4;
-#ifdef OMNIGENE_UP_BATCH
-constexpr int UP_BATCH = OMNIGENE_UP_BATCH;
-#else
-constexpr int UP_BATCH = !VEC || (sizeof(HIDDEN) == 4 && sizeof(WEIGHT) == 1) ? 1 : sizeof(HIDDEN) == 4 ? 2 : 4;  // chunks of each matrix that a lane has in flight
-#endif
+// Chunks of each matrix that a lane has in flight.
+constexpr int UP_BATCH = !VEC || (sizeof(HIDDEN) == 4 && sizeof(WEIGHT) == 1) ? 1 : sizeof(HIDDEN) == 4 ? 2 : 4;
 // Blocks on a multiprocessor: the 704 of a token are all there at once, on 132 multiprocessors as on 148.
 #if __CUDA_ARCH__ >= 1000
 constexpr int UP_BLOCKS = sizeof(HIDDEN) == 2 ? 5 : 3;
