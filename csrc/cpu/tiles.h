@@ -425,7 +425,8 @@ inline void multiply_block(const Tokens<M>& x, const S* a, const S* b, int64_t s
     const int64_t row = x.count * int64_t(sizeof(Weight)), apart = stride * int64_t(sizeof(Weight));
     nan |= stream_in<E4M3>(a, row, apart, half);
     nan |= stream_in<E4M3>(b, row, apart, half);
-    next_a = next_b = nullptr;
+    // Half the bytes and a conversion: computing takes as long as reading, and the next rows come meanwhile.
+    if constexpr (!STORED) next_a = next_b = nullptr;
   }
   PrefetchDealer dealer(next_a, next_b, run, tiles);
   Activation* const converted = reinterpret_cast<Activation*>(wide);
