@@ -30,7 +30,8 @@ def ratios(plain: Callable[[int], None], low: Callable[[int], None], seconds: fl
     pairs: list[float] = []
     times: list[float] = []
     end = time.perf_counter() + seconds
-    plain(0), low(0)
+    plain(0)
+    low(0)
     while time.perf_counter() < end or len(pairs) < 7:
         took = []
         for call in (plain, low):
