@@ -175,7 +175,7 @@ def _route_token_fwd_kernel(
         logits = round_to(logits, hidden_ptr.dtype.element_ty).to(tl.float32)
     tl.store(probabilities_ptr + token.to(tl.int64) * E + expert, logits, mask=expert < E)
     _select_if_last(
-        ticket_ptr + token,
+        None if SPLITS == 1 else ticket_ptr + token,
         token,
         token + 1,
         expert_scale_ptr,
@@ -416,7 +416,9 @@ def launch_route_fwd(
     }
     if tile.block_t == 1:
         # As many rows as warps, all but one of them masked: then a row is one warp's, and its maxima need no barrier.
-        _route_token_fwd_kernel[(T * splits,)](*arguments, NUMERICS=numerics, ROWS=tile.warps, **options)
+        # Past 256 experts that is too much to hold beside the products.
+        rows = tile.warps if block_e <= 256 else tile.warps // 2
+        _route_token_fwd_kernel[(T * splits,)](*arguments, NUMERICS=numerics, ROWS=rows, **options)
         return outputs
     _route_fwd_kernel[(token_tiles * splits,)](
         *arguments,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..backends import PLAIN, Scales
 from ..kernels import tiles
 from ..kernels.combine import launch_combine_fwd
 from ..kernels.dispatch import launch_dispatch_fwd
@@ -22,6 +23,9 @@ from .recorder import Recorder
 E, K, H, I = 128, 8, 2816, 704  # noqa: E741
 TOKENS = (4096, 1024, 512, 256, 64, 16, 4, 1)
 LOW_RANKS = (16, 64)
+# Weights in 8 bits, as they reach the kernels: below compute capability 8.9 the bits of e4m3 do.
+STORED = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.uint8: "e4m3 bits"}
+_CONVERTS_E4M3 = 89
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -33,15 +37,15 @@ def experts_hit(tokens: int) -> float:
     return E * (1 - (1 - K / E) ** tokens)
 
 
-def configurations(arch: int) -> list[tuple[torch.dtype, bool, bool, tiles.ExpertTiles, int]]:
+def configurations(arch: int, weight_bits: int = 16) -> list[tuple[torch.dtype, bool, bool, tiles.ExpertTiles, int]]:
     """`tiles.all_configs` with the T that each is launched for: the largest of TOKENS for which the tables choose it;
     of those that serve another intermediate size than Gemma-4's, which come last, the T that fills a tile per expert.
     """
     serving, others = [], []
-    for dtype, aligned, lora, choice in tiles.all_configs(arch):
+    for dtype, aligned, lora, choice in tiles.all_configs(arch, weight_bits=weight_bits):
         for tokens in TOKENS:
             rows = tiles.rows_per_expert(tokens, K, E)
-            if tiles.expert_tiles(rows, I, dtype, arch, aligned=aligned, lora=lora) == choice:
+            if tiles.expert_tiles(rows, I, dtype, arch, aligned=aligned, lora=lora, weight_bits=weight_bits) == choice:
                 serving.append((dtype, aligned, lora, choice, tokens))
                 break
         else:
@@ -61,6 +65,7 @@ class Experts:
         aligned: bool = True,
         activation: str = "gelu_tanh",
         uneven: int = 0,
+        stored: torch.dtype | None = None,
     ):
         off = uneven if aligned else -1
         h, i = H + off, I + off
@@ -68,9 +73,13 @@ class Experts:
         self.recorder, self.choice, self.tokens = recorder, choice, tokens
         self.dtype, self.aligned, self.activation = dtype, aligned, activation
         self.hidden, self.weights = meta(tokens, h, dtype=dtype), meta(tokens, K, dtype=torch.float32)
-        self.gate_up, self.down = meta(E, 2 * i, h, dtype=dtype), meta(E, h, i, dtype=dtype)
+        self.gate_up, self.down = meta(E, 2 * i, h, dtype=stored or dtype), meta(E, h, i, dtype=stored or dtype)
+        self.scales = PLAIN
+        if stored is not None:
+            self.scales = Scales(meta(E, 2 * i, dtype=torch.float32), meta(E, h, dtype=torch.float32))
         self.pre, self.h = meta(rows, 2 * i, dtype=dtype), meta(rows, i, dtype=dtype)
         self.shared = str(dtype)[6:] + ("" if aligned else " odd") + (" uneven" if uneven else "")
+        self.shared += "" if stored is None else f", weights {STORED[stored]}"
         # The dispatch itself is recorded elsewhere: here it only supplies its arrays.
         before = len(recorder.jobs)
         self.dispatch = launch_dispatch_fwd(meta(tokens, K, dtype=torch.int64), E, choice.block_m)
@@ -89,11 +98,14 @@ class Experts:
             self.dispatch,
             self.activation,
             self.choice.up,
+            scale=self.scales.gate_up,
             low_rank=up,
             want_preactivation=training,
         )
         self.tell(f"down{_rank(down)}")
-        launch_expert_down_fwd(self.h, self.down, self.dispatch, self.choice.down, low_rank=down)
+        launch_expert_down_fwd(
+            self.h, self.down, self.dispatch, self.choice.down, scale=self.scales.down, low_rank=down
+        )
 
     def backward(
         self, down: LowRank | None = None, up: LowRank | None = None, *, frozen: bool = False, d_hidden: bool = True
@@ -107,12 +119,21 @@ class Experts:
             self.dispatch,
             self.activation,
             self.choice.down_bwd,
+            scale=self.scales.down,
             low_rank=down,
             want_weighted_h=not frozen,
         )
         if d_hidden:
             self.tell(f"d_hidden{_rank(up)}")
-            launch_grouped_gemm(self.pre, self.gate_up, self.dispatch, self.choice.down, low_rank=up)
+            launch_grouped_gemm(
+                self.pre,
+                self.gate_up,
+                self.dispatch,
+                self.choice.down,
+                scale=self.scales.gate_up,
+                scale_reduced=True,
+                low_rank=up,
+            )
 
     def weights_backward(self) -> None:
         gram = self.choice.gram
@@ -186,11 +207,30 @@ def record_experts(recorder: Recorder) -> None:
         experts.backward()
 
 
+def record_low_bits(recorder: Recorder) -> None:
+    """Every configuration of `tiles.all_configs` for frozen weights in 8 bits: int8; e4m3 for aligned 16-bit rows
+    without low-rank updates. The pre-activation is stored where rows are odd or a low-rank update is added.
+    """
+    arch = recorder.arch
+    e4m3 = torch.uint8 if arch < _CONVERTS_E4M3 else torch.float8_e4m3fn
+    for dtype, aligned, lora, choice, tokens in configurations(arch, weight_bits=8):
+        half = dtype == torch.bfloat16
+        for stored in (torch.int8, e4m3):
+            experts = Experts(recorder, choice, tokens, dtype, aligned, stored=stored)
+            if lora and half and aligned and stored == torch.int8:
+                experts.lora(LOW_RANKS[0], narrow=False)
+            elif not lora and (half or aligned) and (stored == torch.int8 or (half and aligned)):
+                experts.forward()
+                if not aligned:
+                    experts.forward(training=True)
+                experts.backward(frozen=True)
+
+
 def record_around_experts(recorder: Recorder) -> None:
     """Dispatch and combine."""
-    for tokens, block_m in ((16, 16), (TOKENS[0], 128)):
-        recorder.tell("", tokens)
-        launch_dispatch_fwd(meta(tokens, K, dtype=torch.int64), E, block_m)
+    for tokens, block_m, experts in ((16, 16, E), (512, 32, E), (16384, 128, E), (16384, 128, 257)):
+        recorder.tell("" if experts == E else f"E={experts}", tokens)
+        launch_dispatch_fwd(meta(tokens, K, dtype=torch.int64), experts, block_m)
     tokens = 256
     for dtype, top_k, weighted in ((torch.bfloat16, K, True), (torch.bfloat16, K, False), (torch.float32, 32, True)):
         recorder.tell(f"{str(dtype)[6:]} K={top_k}{'' if weighted else ' unweighted'}", tokens)

@@ -2,9 +2,11 @@
 
 Every tile of the tables is compiled. Left out, for the sake of the time that the tests take:
 
-- float16 but for the widest tiles: bfloat16's code but for the conversions
+- float16 but for the widest tiles of experts, the narrowest of routers: bfloat16's code but for the conversions
 - products and gradients of low-rank factors in float32 and of rows that are not aligned: the kernels of the down
   projection and of the weights' gradients, which are compiled, with a quarter of the columns
+- weights in 8 bits: float32 rows that are not aligned; e4m3 with low-rank updates, with float32 and with rows that are
+  not aligned, where int8 has the same tile and a conversion alike
 - the traced router but in bfloat16: what is traced follows the logits, which are float32 in every dtype
 """
 
@@ -14,17 +16,19 @@ from ..backends import TraceBuffers
 from ..kernels import tiles
 from ..kernels.gate import launch_route_fwd, launch_topk_gate_fwd
 from ..kernels.gate_backward import launch_route_bwd, launch_topk_gate_bwd
-from .experts import E, H, K, meta, record_around_experts, record_experts, record_experts_of_ones
+from .experts import E, H, K, meta, record_around_experts, record_experts, record_experts_of_ones, record_low_bits
 from .recorder import Job, Recorder, recording
 
 ARCHES = (80, 90, 100)
 _EPS = 1e-6
+_TOKENS = {1: 16, 16: 1024, 64: 4096, 128: 16384}  # T that a router's tile of so many tokens is launched for
 
 
 def jobs(arch: int) -> list[Job]:
     """What is compiled for `arch`; each job once."""
     with recording(arch) as recorder:
         record_experts(recorder)
+        record_low_bits(recorder)
         record_around_experts(recorder)
         _record_router(recorder)
         if arch == ARCHES[0]:
@@ -41,13 +45,13 @@ def _trace(tokens: int, experts: int, only_ids: bool = False, top_k: int = K) ->
 
 
 def _record_router(recorder: Recorder) -> None:
-    arch, small = recorder.arch, 32
+    arch = recorder.arch
 
     def route(
         what: str,
         dtype: torch.dtype = torch.bfloat16,
         numerics: str = "hf",
-        tokens: int = small,
+        tokens: int = 1024,
         tile: tiles.RouteTile | None = None,
         experts: int = E,
         aligned: bool = True,
@@ -69,16 +73,21 @@ def _record_router(recorder: Recorder) -> None:
         )
 
     for dtype, numerics, tile in tiles.all_route_tiles(E, arch):
-        tokens = small if tile.block_t == 16 else 1024
-        route("", dtype, numerics, tokens, tile)
-        if dtype == torch.bfloat16:
+        if dtype == torch.float16 and numerics == "hf" and tile.block_t > 16:
+            continue
+        tokens = _TOKENS[tile.block_t]
+        form = "" if tile.select else ", no choice"
+        route(form, dtype, numerics, tokens, tile)
+        if dtype == torch.bfloat16 and tile.select:
             route(", traced", dtype, numerics, tokens, tile, trace=_trace(tokens, E))
-    for experts in (200, 257):
-        route(f" E={experts} odd", experts=experts, aligned=False)
-        route(f" E={experts} odd, traced", experts=experts, aligned=False, trace=_trace(small, experts))
-    for experts in (E, 257):
-        route(f" E={experts}, ids traced", experts=experts, trace=_trace(small, experts, only_ids=True))
-    route("", tokens=1024)
+    for tokens in (1, 256):
+        for experts in (200, 257):
+            route(f" E={experts} odd", tokens=tokens, experts=experts, aligned=False)
+        route(" E=257 odd, traced", tokens=tokens, experts=257, aligned=False, trace=_trace(tokens, 257))
+        for experts in (E, 257):
+            only_ids = _trace(tokens, experts, only_ids=True)
+            route(f" E={experts}, ids traced", tokens=tokens, experts=experts, trace=only_ids)
+    route(" E=600, no choice", tokens=256, experts=600)
     route("", torch.float16, "fp32", tokens=1024)
     tokens = 1024
     for experts in (E, 257):

@@ -2,7 +2,7 @@
 
 bytes     each operand is read or written once; of the experts' weights only what uniform routing of T tokens hits on
           average, E (1 - (1 - K / E)^T) experts
-FLOPs     of the matrix products, padding left out
+FLOPs     of the matrix products, padding left out; a router that has one token to a program multiplies by vectors
 programs  those that have work: the grid without the spare tiles of a routing that is not uniform
 waves     programs / (multiprocessors * blocks per multiprocessor)
 floor     the larger of bytes / bandwidth and FLOPs / rate, at the data sheet's figures: dense bf16 for products that
@@ -89,7 +89,7 @@ def _moved(operand: Operand, tokens: int, over_experts: bool) -> float:
 
 
 def _live_programs(job: Job) -> int:
-    if "num_tiles" not in job.scalars or job.kernel == "dispatch_fwd":
+    if "num_tiles" not in job.scalars or job.kernel.startswith("dispatch"):
         return job.programs
     hit = max(round(experts_hit(job.tokens)), 1)
     tiles = hit * ceil(_rows(job) / hit / job.constants["BLOCK_M"])
