@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.tiles import route_tile
 from ..floors import work_of
 from ..runner import Row
 from ..training import RANKS
@@ -23,13 +24,15 @@ from . import cases
 PREDICTIONS = Path(__file__).resolve().parents[1] / "predictions" / "h100.json"
 BANDWIDTH, PEAK = 3350.0, 800_000.0  # GB/s; GFLOP/s, what an 8192³ product reaches
 READS = 0.82  # of the bandwidth: Liger's forward at T = 128 reads its weights at 81 %
-READS_DECODE = 0.72  # a few microseconds are too short to fill the memory's queues and drain them
 COMPUTES = 0.65  # of the peak: a Triton grouped GEMM on Hopper (Liger 0.61 at T = 32,768, SonicMoE 0.69)
 COMPUTES_GRAM = 0.55  # sums over an expert's tokens: the tiles' reduction is short
 OVERLAP = 0.25  # of the shorter of the two that does not hide behind the longer
 START = 3.0  # microseconds from a kernel to the next behind it on the stream
+NEXT_START = 2.0  # of decode's second kernel, which starts and asks for weights while the first one ends
 SMALL = 16  # tokens that the decode path serves
-GATE_START = 5.0  # norm, projection, softmax and top-k of one token, one after the other
+MULTIPROCESSORS = 132
+TAKES_IN = 50_000.0  # bytes per microsecond into one multiprocessor
+TICKET, CHOICE = 1.2, 1.5  # microseconds: finding out who is last; softmax and top-k of a program's tokens
 DRAWS = 8
 HALF = 2  # bytes
 
@@ -85,11 +88,18 @@ def _expected(op: str, tokens: int, shape: Shape, found: Routing) -> float:
 
 
 def _gate(op: str, tokens: int, shape: Shape) -> float:
-    ideal = work_of(op, shape, tokens, 0, torch.bfloat16)
-    if tokens < 256:
-        return kernel_us(ideal.bytes, ideal.flops, READS_DECODE, 0.1) + GATE_START
-    normed, logits = tokens * shape.H * HALF, tokens * shape.E * 4
-    return kernel_us(2 * normed, 0) + kernel_us(normed + logits, ideal.flops, READS, 0.5) + kernel_us(2 * logits, 0)
+    """The router's form is that of `tiles.route_tile`: what one multiprocessor takes in, or memory, then the choice."""
+    tile = route_tile(tokens, shape.E, shape.H, torch.bfloat16, "hf", 90)
+    programs = -(-tokens // tile.block_t) * -(-shape.E // tile.block_n)
+    waves = max(programs / MULTIPROCESSORS, 1.0) if tile.block_t == 1 else float(-(-programs // MULTIPROCESSORS))
+    row = waves * shape.H * HALF / TAKES_IN
+    norm = 0.0 if tile.block_t == 1 else max(tile.block_t * row, tokens * shape.H * HALF / (BANDWIDTH * READS) / 1e3)
+    total = START + norm + (tile.block_t + tile.block_n) * row
+    total += TICKET + CHOICE if tile.select else kernel_us(tokens * shape.E * 6, 0)
+    traced = (
+        work_of(op, shape, tokens, 0, torch.bfloat16).bytes - work_of("route", shape, tokens, 0, torch.bfloat16).bytes
+    )
+    return total + traced / BANDWIDTH / 1e3
 
 
 def _forward(tokens: int, shape: Shape, found: Routing, weight_bytes: int, *, saved: bool = False) -> float:
@@ -97,10 +107,9 @@ def _forward(tokens: int, shape: Shape, found: Routing, weight_bytes: int, *, sa
     H, I, picks = shape.H, shape.I, tokens * shape.K  # noqa: E741
     matrix = found.hit * H * I * weight_bytes
     if tokens <= SMALL:
-        up = kernel_us(2 * matrix, 4.0 * picks * H * I, READS_DECODE, 0.1)
-        return up + kernel_us(matrix, 2.0 * picks * H * I, READS_DECODE, 0.1)
+        return START + 3 * matrix / (BANDWIDTH * READS) / 1e3 + NEXT_START
     between = picks * I * HALF
-    dispatch = START if picks <= 4096 else 3 * START + picks * 16 / BANDWIDTH / 1e3
+    dispatch = START if picks <= 4096 else 2 * START + picks * 32 / BANDWIDTH / 1e3
     up = kernel_us(2 * matrix + tokens * H * HALF + between * (3 if saved else 1), 4.0 * found.rows * H * I)
     down = kernel_us(matrix + between + picks * H * HALF, 2.0 * found.rows * H * I)
     return dispatch + up + down + kernel_us((picks + tokens) * H * HALF, 0)
@@ -109,7 +118,7 @@ def _forward(tokens: int, shape: Shape, found: Routing, weight_bytes: int, *, sa
 def _backward(tokens: int, shape: Shape, found: Routing, *, full: bool) -> float:
     H, I, picks = shape.H, shape.I, tokens * shape.K  # noqa: E741
     matrix, between, wide = found.hit * H * I * HALF, picks * I * HALF, picks * H * HALF
-    dispatch = START if picks <= 4096 else 3 * START
+    dispatch = START if picks <= 4096 else 2 * START + picks * 32 / BANDWIDTH / 1e3
     stored = 2 * between + 2 * between + (between if full else 0)  # pre-activation in, its gradient out, weighted h
     down = kernel_us(matrix + tokens * H * HALF + stored, 2.0 * found.rows * H * I)
     up = kernel_us(2 * matrix + 2 * between + wide, 4.0 * found.rows * H * I)
