@@ -23,6 +23,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._cache import cache_folder
+
 logger = logging.getLogger("omnigene_fast")
 VERSION = 1
 COMMITTED = Path(__file__).parent / "tuned"
@@ -133,8 +135,7 @@ def user_file(device: str) -> Path | None:
     empty means none."""
     named = os.environ.get(VARIABLE)
     if named is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(cache) / "omnigene-fast" / "tuned" / device_file(device)
+        return cache_folder("tuned") / device_file(device)
     if not named:
         return None
     path = Path(named).expanduser()

@@ -1,4 +1,4 @@
-"""Compiled kernels on disk: $OMNIGENE_FAST_CACHE, else $XDG_CACHE_HOME/omnigene-fast or ~/.cache/omnigene-fast.
+"""Compiled kernels on disk, in the folder cubin of `cache_folder`.
 
 A file holds the SHA-256 of a cubin and then the cubin. It is written beside, flushed and renamed, so that whoever reads
 it, in whatever process, finds all of it or nothing; one that does not match its hash is compiled again.
@@ -11,6 +11,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from .._cache import cache_folder
+
 logger = logging.getLogger("omnigene_fast")
 
 _DIGEST = hashlib.sha256().digest_size
@@ -18,9 +20,7 @@ _DIGEST = hashlib.sha256().digest_size
 
 def folder() -> Path:
     """Where cubins are kept; need not exist."""
-    if own := os.environ.get("OMNIGENE_FAST_CACHE"):
-        return Path(own) / "cubin"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omnigene-fast" / "cubin"
+    return cache_folder("cubin")
 
 
 def key(*parts: str | bytes) -> str:

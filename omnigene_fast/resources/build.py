@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .._cache import cache_folder
 from . import built as record
 from . import cuda_kernels, sass
 from .built import Built
@@ -168,16 +169,9 @@ def _reader() -> bytes:
     return b"".join(Path(file).read_bytes() for file in (__file__, record.__file__, sass.__file__))
 
 
-def cache_folder() -> Path:
-    """Where results are kept: $OMNIGENE_FAST_CACHE/resources, else omnigene-fast/resources in the user's cache."""
-    if own := os.environ.get("OMNIGENE_FAST_CACHE"):
-        return Path(own) / "resources"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omnigene-fast" / "resources"
-
-
 def _load(key: str) -> Built | None:
     try:
-        return Built(**json.loads((cache_folder() / f"{key}.json").read_text()))
+        return Built(**json.loads((cache_folder("resources") / f"{key}.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -185,9 +179,10 @@ def _load(key: str) -> Built | None:
 def _store(key: str, result: Built) -> None:
     """Written beside and renamed, so that no reader sees half of it. A cache that cannot be written is no error."""
     try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache_folder(), suffix=".tmp", delete=False) as file:
+        folder = cache_folder("resources")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
             json.dump(asdict(result), file)
-        os.replace(file.name, cache_folder() / f"{key}.json")
+        os.replace(file.name, folder / f"{key}.json")
     except OSError:
         pass
