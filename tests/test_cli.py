@@ -49,7 +49,7 @@ def test_info_says_what_is_missing(monkeypatch):
         (["bench", "--tokens", "1,x"], "--tokens: expected comma-separated integers, got '1,x'."),
         (["bench", "--tokens", "0"], "tokens: expected numbers >= 1, got [0]."),
         (["bench", "--modes", "skewed"], "mode: expected some of uniform, natural, protein, got 'skewed'."),
-        (["bench", "--providers", "vllm"], "provider: expected some of"),
+        (["bench", "--providers", "tensorrt"], "provider: expected some of"),
         (["bench", "--shape", "1,2"], "--shape: expected 4 comma-separated integers, got '1,2'."),
         (["bench", "--shape", "8,8,4,5"], "shape: expected H, I, E, K >= 1 and K <= E, got 8,8,4,5."),
         (["bench", "--device", "tpu"], "--device: expected auto, cpu or cuda[:N], got 'tpu'."),
