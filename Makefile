@@ -52,7 +52,7 @@ $(INSTALLED): $(SOURCES)
 		{ rm -rf $(VENV); echo "make: no virtual environment; install python3-venv"; exit 1; }
 ifeq ($(GPU),yes)
 	@echo "installing torch and omnigene-fast for this machine's GPU (minutes, gigabytes) ..."
-	@$(PIP) -e '.[test,cuda]'
+	@$(PIP) -e '.[test]'
 else
 	@echo "installing the CPU build of torch $(CPU_TORCH) (200 MB) ..."
 	@if $(BIN)/python -m pip index versions torch 2>/dev/null | grep -qF '$(CPU_TORCH)+cpu'; then \

@@ -103,6 +103,8 @@ def _select_if_last(
                 other=0.0,
                 cache_modifier=".cg",
             )
+            if ROWS * BLOCK_E < 256:  # several warps hold a row: all have it before the first writes over it
+                tl.debug_barrier()
             select_and_store(
                 logits,
                 token,

@@ -5,12 +5,14 @@ parts, and sets the counter back to zero for the next launch. So a counter has t
 second launch may use it meanwhile. A fresh tensor of zeros would ensure both and cost a launch of its own, so counters
 come from one zeroed arena per device, created by the first call:
 
-- A launch outside CUDA graphs takes the counters of its stream: launches of one stream never overlap.
+- A launch outside CUDA graphs takes the counters of its stream: launches of one stream never overlap. A stream that
+  torch did not make has to be idle before it is destroyed, as its handle, and so its counters, may come again.
 - A launch that is being captured takes counters that nobody else ever gets: replays of different graphs may overlap
   each other and any stream, while replays of one graph never overlap.
 
-Where the arena has none left, or does not exist yet when a capture begins, a tensor of zeros is made after all: right
-at every replay too, as the graph then holds the memset.
+Where the arena has none left, or does not exist yet when a capture begins, or the stream is CUDA's per-thread default,
+one handle for a stream in every thread, a tensor of zeros is made after all: right at every replay too, as the graph
+then holds the memset.
 """
 
 import threading
@@ -20,6 +22,7 @@ from torch import Tensor
 
 CAPACITY = 1 << 18  # counters of a device: 1 MB, 2^13 captured launches of 32 tokens
 PER_STREAM = 256
+_PER_THREAD_STREAM = 2  # the handle cudaStreamPerThread
 
 
 class _Arena:
@@ -42,21 +45,33 @@ _arenas: dict[torch.device, _Arena] = {}
 _lock = threading.Lock()
 
 
+def _new_arena(device: torch.device) -> _Arena | None:
+    """Made by a thread of its own: the caller's may be one whose allocations go to a CUDA graph's pool, as in the
+    warm-up of torch.compile's "reduce-overhead", and the arena outlives every graph."""
+    made: list[_Arena] = []
+    thread = threading.Thread(target=lambda: made.append(_Arena(device)))
+    thread.start()
+    thread.join()
+    return made[0] if made else None
+
+
 def tickets(device: torch.device, count: int) -> Tensor:
     """`count` int32 zeros for one launch on the current stream of `device`, which has to leave them zero."""
     if device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device=device)
     on_gpu = device.type == "cuda"
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
     taken = None
     with _lock:
         arena = _arenas.get(device)
         if arena is None and not capturing:
-            arena = _arenas[device] = _Arena(device)
+            arena = _new_arena(device)
+            if arena is not None:
+                _arenas[device] = arena
         if arena is not None and capturing:
             taken = arena.take(count)
-        elif arena is not None and count <= PER_STREAM:
-            stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+        elif arena is not None and count <= PER_STREAM and stream != _PER_THREAD_STREAM:
             taken = arena.streams.get(stream)
             if taken is None:
                 taken = arena.take(PER_STREAM)

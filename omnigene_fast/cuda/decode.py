@@ -6,6 +6,8 @@ holds a decode step serves every routing. The result does not depend on the orde
 on, on the other tokens of the step.
 """
 
+import functools
+import logging
 import os
 from collections.abc import Callable, Iterable
 
@@ -16,6 +18,8 @@ from ..backends import PLAIN, Lora, Scales
 from .kernel import HIDDEN, LOW_BIT, Kernel
 from .launch import Launch, launch, unavailable
 from .launch import prepare as _prepare
+
+logger = logging.getLogger("omnigene_fast")
 
 MAX_TOKENS = MAX_TOP_K = 16
 COLUMNS = 8  # of the output of a block, in both kernels
@@ -45,8 +49,21 @@ def serves(hidden: Tensor, gate_up_proj: Tensor, index: Tensor, lora: Lora, save
         and hidden.numel() > 0
         and gate_up_proj.numel() > 0
         and enabled()
-        and unavailable(hidden.device) is None
+        and _available(hidden.device)
     )
+
+
+def _available(device: torch.device) -> bool:
+    """Whether the kernels run on `device`; if not, the reason is logged, once."""
+    reason = unavailable(device)
+    if reason is not None:
+        _log_once(reason)
+    return reason is None
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.warning("Triton's grouped GEMMs serve steps of up to %d tokens: %s", MAX_TOKENS, reason)
 
 
 def prepare(device: torch.device, hidden: torch.dtype, weight: torch.dtype | None = None, *, vec: bool = True) -> None:

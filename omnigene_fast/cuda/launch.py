@@ -73,9 +73,10 @@ def launch(device: torch.device, launches: "Iterable[Launch]") -> None:
     from cuda import core
 
     index = device.index if device.index is not None else torch.cuda.current_device()
-    if not getattr(_here, "ready", False):
-        core.Device(index).set_current()  # a thread that never called CUDA has no context yet
-        _here.ready = True
+    ready: set[int] = _here.__dict__.setdefault("ready", set())
+    if index not in ready:  # cuda.core's devices belong to a thread, and a thread may never have called CUDA
+        core.Device(index).set_current()
+        ready.add(index)
     stream = _stream(index, torch.cuda.current_stream(device).cuda_stream)
     for item in launches:
         arguments = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in item.arguments]

@@ -66,7 +66,7 @@ def check_not_offloaded(experts: nn.Module) -> None:
     if hook is not None and any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
         raise ValueError(
             "model: expected experts stored in 8 bits to stay on their device, got experts that the accelerate library"
-            " offloads; load the model without offloading."
+            " offloads; load it with device_map='cpu', call accelerate, then model.to('cuda')."
         )
 
 
@@ -77,8 +77,8 @@ def plan(model: nn.Module, experts: Iterable[nn.Module], format: str) -> dict[nn
         for each module that is not yet stored in it, the scales of its two projections.
 
     Raises:
-        ValueError: an unknown format, weights that are not plain, shared, in use by an optimizer, merged with an
-            adapter or not finite, or experts stored in the other format.
+        ValueError: an unknown format, weights that are not plain, shared, with a gradient, merged with an adapter or
+            not finite, or experts stored in the other format.
     """
     lowbit.check_format("experts_dtype", format)
     names = {id(module): name for name, module in model.named_modules()}
@@ -139,7 +139,12 @@ def _check(module: Any, name: str, full: str, format: str) -> None:
             "call accelerate before training, or model.zero_grad() if these experts are to be frozen from now on",
         )
     if weight.device.type == "meta" and "_hf_hook" in module.__dict__:
-        raise _refusal(format, full, "offloaded by the accelerate library", "load the model without offloading")
+        raise _refusal(
+            format,
+            full,
+            "offloaded by the accelerate library",
+            "load it with device_map='cpu', call accelerate, then model.to('cuda')",
+        )
 
 
 def _check_not_merged(model: nn.Module, experts: Sequence[nn.Module], format: str) -> None:

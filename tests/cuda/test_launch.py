@@ -97,6 +97,7 @@ def core(monkeypatch):
             asked.current.append(self.index)
 
         def create_stream(self, stream):
+            assert self.index in asked.current, "cuda.core refuses a device that was never made current"
             asked.streams.append((self.index, stream.__cuda_stream__()))
             return "stream"
 
