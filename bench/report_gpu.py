@@ -1,5 +1,8 @@
 """The section of a GPU's rows: tables in microseconds, share of the floor, the goals, and where we lose."""
 
+import functools
+import json
+import re
 from pathlib import Path
 
 from . import goals
@@ -9,6 +12,7 @@ from .report import TITLES, TRAINED, cases, error, megabytes, ratio, span_of_dat
 from .runner import Row, is_peer
 from .training import TRAINING_OPS
 
+PREDICTIONS = Path(__file__).resolve().parent / "predictions" / "h100.json"
 MODEL_TITLES = {
     "model_prefill": "prefill",
     "model_decode": "decode",
@@ -128,14 +132,35 @@ def _models(rows: list[Row]) -> str:
 
 
 def goals_table(rows: list[Row]) -> str:
-    """Goal, measured, met or not, times the floor, times faster than the best peer."""
-    lines = ["| goal | routing | measured | met | x floor | x best peer |", "|---|---|--:|---|--:|--:|"]
+    """Goal, predicted on an H100, measured, met or not, times the floor, times faster than the best peer."""
+    lines = ["| goal | routing | predicted | measured | met | x floor | x best peer |", "|---|---|--:|--:|---|--:|--:|"]
     for each in goals.judge(rows):
         met = {True: "yes", False: "**no**", None: "not measured"}[each.met]
         measured = each.measured or "-"
-        cells = [each.goal, each.mode, measured, met, ratio(each.over_floor), ratio(each.over_best_peer)]
+        cells = [
+            each.goal,
+            each.mode,
+            predicted(each.goal, each.mode),
+            measured,
+            met,
+            ratio(each.over_floor),
+            ratio(each.over_best_peer),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def predicted(goal: str, mode: str) -> str:
+    """What the model of the kernels expects of a goal on a time, "-" where it says nothing."""
+    named = re.fullmatch(r"(\w+) T=(\d+) <= [\d,]+ us", goal)
+    expected = named and _predictions().get((named[1], mode, int(named[2])))
+    return f"{expected:,.4g} us" if expected else "-"
+
+
+@functools.cache
+def _predictions() -> dict[tuple[str, str, int], float]:
+    rows = json.loads(PREDICTIONS.read_text()) if PREDICTIONS.exists() else []
+    return {(row["op"], row["mode"], row["tokens"]): row["expected_us"] for row in rows}
 
 
 def losses(rows: list[Row]) -> list[str]:

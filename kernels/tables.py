@@ -131,15 +131,16 @@ def device_file(device: str) -> str:
 
 
 def user_file(device: str) -> Path | None:
-    """Where this user's table of `device` is or would be; OMNIGENE_FAST_TUNED names another file or directory, and
-    empty means none."""
+    """Where this user's table of `device` is or would be; OMNIGENE_FAST_TUNED names another file or a directory, which
+    ends with a slash if it does not exist yet, and empty means none."""
     named = os.environ.get(VARIABLE)
     if named is None:
         return cache_folder("tuned") / device_file(device)
     if not named:
         return None
     path = Path(named).expanduser()
-    return path / device_file(device) if path.is_dir() else path
+    folder = named.endswith(("/", os.sep)) or path.is_dir()
+    return path / device_file(device) if folder else path
 
 
 @lru_cache(maxsize=64)
@@ -225,7 +226,7 @@ def parse(content: Any, path: Path) -> Table:
     version = content["version"]
     expect(version == VERSION, "version", f"{VERSION}, the one that this omnigene-fast reads", version)
     source = content.get("source")
-    expect(source in _PROVENANCE, "source", "predicted or measured", source)
+    expect(isinstance(source, str) and source in _PROVENANCE, "source", "predicted or measured", source)
     names(content, "table", ("version", "arch", "source", *_PROVENANCE[source], "buckets"), ("why", "shape"))
     arch = content["arch"]
     expect(

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import INTERPRETED, round_to
-from .tiles import ExpertTiles
+from .tables import ExpertTiles, Tile
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -40,6 +40,7 @@ except ImportError:  # before Triton 3.4
     TensorDescriptor = None
 
 logger = logging.getLogger("omnigene_fast")
+CONVERTS_E4M3 = 89  # the compute capability from which on GPUs convert e4m3; below, kernels get its bits in uint8
 
 
 @triton.jit
@@ -134,11 +135,11 @@ def _log_once(reason: str) -> None:
 
 
 def tiles_of_8_bits(tiles: ExpertTiles, bits: bool) -> ExpertTiles:
-    """`tiles` for weights in 8 bits, which pass through registers: no room for two accumulators of 128 columns.
+    """`tiles` for weights in 8 bits, which have buckets of their own in the tables; `bits`: e4m3 as uint8."""
+    return replace(tiles, up=up_of_bits(tiles.up)) if bits else tiles
 
-    With `bits`, e4m3 is converted by integer arithmetic, which from 64 rows on leaves registers for half the step.
-    """
-    up = replace(tiles.up, block_n=min(tiles.up.block_n, 64))
-    if bits and up.block_m >= 64:
-        up = replace(up, block_k=min(up.block_k, 32))
-    return replace(tiles, up=up)
+
+def up_of_bits(tile: Tile) -> Tile:
+    """The up GEMM's `tile` for e4m3 as uint8: the integer arithmetic that converts it leaves registers for half the
+    step from 64 rows on."""
+    return replace(tile, block_k=min(tile.block_k, 32)) if tile.block_m >= 64 else tile

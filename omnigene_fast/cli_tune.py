@@ -1,5 +1,6 @@
 """The verb `tune`: measure the tiles of the expert GEMMs on this machine's GPU and keep the best."""
 
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -41,6 +42,11 @@ def tune(
       omnigene-fast tune
       omnigene-fast tune --weights int8 --tokens 512,4096 --budget 300
     """
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError(
+            "tune: expected the package triton, which is not installed; install it with"
+            " `pip install 'omnigene-fast[triton]'`."
+        )
     import torch
     from tqdm import tqdm
 

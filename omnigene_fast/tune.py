@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from .kernels import tables, tiles
-from .kernels.tables import Bucket, ExpertTiles, Kind, Tile
+from .kernels.tables import Bucket, ExpertTiles, Kind, Table, Tile
+from .kernels.weights import CONVERTS_E4M3, tiles_of_8_bits, up_of_bits
 from .tune_journal import Budget, Journal, write
 from .tune_model import Device, Work, depths, sizes, switches
 
@@ -33,6 +34,7 @@ MARGIN = 0.02
 TOKENS = (64, 256, 512, 1024, 4096, 16384)
 ROUNDS, FINAL_ROUNDS = 5, 25
 OVER_ROWS = ("up", "down", "down_bwd", "low_rank")  # these share block_m
+_COMPARED_BYTES = 64 << 20  # of float64 at a time
 
 
 class Workload(Protocol):
@@ -90,6 +92,11 @@ class Settings:
         return 16 if self.weights == "same" else 8
 
     @property
+    def as_bits(self) -> bool:
+        """Whether e4m3 reaches the kernels as its bits."""
+        return self.weights == "fp8" and self.device.arch < CONVERTS_E4M3
+
+    @property
     def kind(self) -> Kind:
         return tiles.kind(self.dtype, True, self.rank > 0, self.bits)
 
@@ -98,8 +105,16 @@ class Settings:
 
     def present(self, tokens: int, device: str | None) -> ExpertTiles:
         """The tiles that these operands take now; with `device` None those that the architecture's table predicts."""
+        return tiles_of_8_bits(self.in_tables(tokens, device), self.as_bits)
+
+    def in_tables(self, tokens: int, device: str | None) -> ExpertTiles:
+        """The same before the launch adapts them to e4m3 as bits: int8 takes them from the same bucket as they are."""
         options = {"lora": self.rank > 0, "weight_bits": self.bits, "device": device}
         return tiles.expert_tiles(self.rows(tokens), self.shape[1], self.dtype, self.device.arch, **options)
+
+    def launched(self, kernel: str, tile: Tile) -> Tile:
+        """What a launch makes of `tile` if a table has it."""
+        return up_of_bits(tile) if kernel == "up" and self.as_bits else tile
 
 
 @dataclass
@@ -152,7 +167,7 @@ def run(
     elif path.exists() and not any(outcome.better for outcome in outcomes):
         lines.append(f"nothing was faster by {MARGIN:.0%} or more: {path} stays as it is")
     else:
-        write(path, table_text(settings, outcomes, command, versions))
+        write(path, table_text(settings, outcomes, command, versions, _old_table(path, settings.device)))
         tables.forget()
         tiles.expert_tiles.cache_clear()
         lines.append(f"table: {path}")
@@ -198,8 +213,15 @@ def search(
             if key not in journal.found:
                 if budget.spent:
                     return outcomes
-                load = load or workload(tokens)
-                journal.add(key, _measured(settings, load, kernel, block_m, present[tokens], measure))
+                try:
+                    load = load or workload(tokens)
+                    entry = _measured(settings, load, kernel, block_m, present[tokens], measure)
+                except torch.OutOfMemoryError as error:
+                    raise torch.OutOfMemoryError(
+                        f"tune: expected room on the GPU for {kernel} of {tokens} tokens, got:"
+                        f" {str(error).strip().rstrip('.')}; use fewer --tokens or --no-training."
+                    ) from error
+                journal.add(key, entry)
             entry = journal.found[key]
             times[kernel, block_m] = [(Tile(**tile), us) for tile, us in entry["times"]]
             rejected += [f"{key}: {reason}" for reason in entry["rejected"]]
@@ -226,12 +248,14 @@ def _measured(
     )
     for step in steps:
         tried = [best] if best else []
-        for tile in step(best or now):
+        for tile in (settings.launched(kernel, tile) for tile in step(best or now)):
             if tile in seen:
                 continue
             seen.add(tile)
             try:
                 reason = disagreement(expected, load.outputs(kernel, tile), load.outputs(kernel, tile))
+            except torch.OutOfMemoryError:  # the comparison's or the operands' size, not the candidate
+                raise
             except Exception as error:  # whatever a compiler or a launch raises concerns this candidate alone
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if reason is None:
@@ -252,14 +276,26 @@ def disagreement(expected: Sequence[Tensor], *runs: Sequence[Tensor]) -> str | N
     for outputs in runs:
         for n, (out, right, first) in enumerate(zip(outputs, expected, runs[0], strict=True)):
             eps = max(torch.finfo(right.dtype).eps, 2**-18)  # other tiles sum float32 in another order
-            difference = (out.double() - right.double()).abs()
-            size = right.double().abs()
-            largest, error = difference.max().item(), difference.norm().item() / max(size.norm().item(), 1e-300)
-            if not (largest <= 2 * eps * size.max().item() and error <= eps):
+            (largest, norm), (most, size) = _extent(out, right)
+            error = norm / max(size, 1e-300)
+            if not (largest <= 2 * eps * most and error <= eps):
                 return f"output {n} is wrong: relative error {error:.1e}, at most {eps:.1e} is rounding"
             if not torch.equal(out, first):
                 return f"output {n} is not the same in two runs"
     return None
+
+
+def _extent(out: Tensor, right: Tensor) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Maximum and norm of `out` - `right` and of `right`, in float64, of which only a part exists at a time."""
+    rows = max(_COMPARED_BYTES // (8 * max(right[0].numel(), 1)), 1)
+    most, squares = right.new_zeros(2, dtype=torch.float64), right.new_zeros(2, dtype=torch.float64)
+    for part, expected in zip(out.split(rows), right.split(rows), strict=True):
+        wide = expected.double()
+        for n, values in enumerate((part.double() - wide, wide)):
+            most[n] = torch.maximum(most[n], values.abs().max())  # a NaN stays one
+            squares[n] += values.norm().square()
+    (largest, maximum), (norm, size) = most.tolist(), squares.sqrt().tolist()
+    return (largest, norm), (maximum, size)
 
 
 def _chosen(
@@ -296,26 +332,39 @@ def _chosen(
     return outcome
 
 
-def table_text(settings: Settings, outcomes: Sequence[Outcome], command: str, versions: dict[str, str | None]) -> str:
-    """The table with these outcomes: what the user's own has measured elsewhere stays, and of the architecture's
-    predictions those that are more than an octave away from any measurement, so that the nearest bucket is near."""
+def _old_table(path: Path, device: Device) -> Table | None:
+    """The table that a new one at `path` goes on from: the device's own that is there, else the one that is in use."""
+    try:
+        here = tables.read(path) if path.exists() else None
+    except ValueError:  # no table: there is nothing in it to keep
+        here = None
+    if here is not None and here.device == device.name:
+        return here
+    return next((table for table in tables.tables(device.arch, device.name) if table.device == device.name), None)
+
+
+def table_text(
+    settings: Settings,
+    outcomes: Sequence[Outcome],
+    command: str,
+    versions: dict[str, str | None],
+    old: Table | None,
+) -> str:
+    """The table with these outcomes: what `old` has measured elsewhere stays, and of the architecture's predictions
+    those that are more than an octave away from any measurement, so that the nearest bucket is near."""
     kind, name = settings.kind, settings.device.name
     new = []
     for outcome in outcomes:
         note = {"microseconds": {kernel: round(us[1], 2) for kernel, us in outcome.microseconds.items()}}
         new.append(_bucket(kind, settings.rows(outcome.tokens), outcome.after, note))
-    old = next((t for t in tables.tables(settings.device.arch, name) if t.device == name), None)
     kept = [bucket for bucket in old.buckets if not bucket.serves(kind) or _far(bucket, new, 0.5)] if old else []
     kept = [bucket for bucket in kept if not (bucket.serves(kind) and (bucket.note or {}).get("source") == "predicted")]
     measured = [*new, *(bucket for bucket in kept if bucket.serves(kind))]
-    for table in tiles.tables_of(settings.device.arch, None):
-        for bucket in table.buckets:
-            if bucket.serves(kind) and _far(bucket, measured, 1.0):
-                tokens = max(round(bucket.rows_per_expert * settings.shape[2] / settings.shape[3]), 1)
-                new.append(
-                    _bucket(kind, bucket.rows_per_expert, settings.present(tokens, None), {"source": "predicted"})
-                )
-        break
+    for bucket in tiles.tables_of(settings.device.arch, None)[0].buckets:
+        if bucket.serves(kind) and _far(bucket, measured, 1.0):
+            tokens = max(round(bucket.rows_per_expert * settings.shape[2] / settings.shape[3]), 1)
+            predicted = settings.in_tables(tokens, None)
+            new.append(_bucket(kind, bucket.rows_per_expert, predicted, {"source": "predicted"}))
     buckets = sorted(
         [*kept, *new], key=lambda b: (b.dtype, not b.aligned, b.weights or "", bool(b.lora), b.rows_per_expert)
     )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import lowbit
 from .kernels.dispatch import Dispatch, launch_dispatch_fwd
 from .kernels.expert_backward import launch_expert_down_bwd
 from .kernels.expert_forward import launch_expert_down_fwd, launch_expert_up_fwd
@@ -17,7 +18,6 @@ from .tune_model import Device, Work
 
 _FLUSHED_BYTES = 256 << 20
 _ACTIVATION = "gelu_tanh"
-_CONVERTS_E4M3 = 89
 
 
 def this_device(device: torch.device) -> Device:
@@ -48,7 +48,7 @@ class Layer:
 
     def _weights(self, experts: int, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
         """One expert at a time: in float32 all of them would take twice the space of the layer."""
-        low = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(self.settings.weights)
+        low = None if self.settings.bits == 16 else lowbit.FORMATS[self.settings.weights][0]
         weight = torch.empty(experts, rows, columns, dtype=low or self.settings.dtype, device=self.device)
         scale = torch.empty(experts, rows, dtype=torch.float32, device=self.device) if low else None
         for expert in range(experts):
@@ -56,11 +56,9 @@ class Layer:
             if scale is None:
                 weight[expert] = own
                 continue
-            largest = 127 if low == torch.int8 else torch.finfo(torch.float8_e4m3fn).max
-            scale[expert] = own.float().abs().amax(1) / largest
-            stored = own.float() / scale[expert][:, None]
-            weight[expert] = (stored.round() if low == torch.int8 else stored).to(low)
-        if low == torch.float8_e4m3fn and self.settings.device.arch < _CONVERTS_E4M3:
+            stored, scales = lowbit.quantise(own[None], self.settings.weights)
+            weight[expert], scale[expert] = stored[0], scales[0]
+        if self.settings.as_bits:
             weight = weight.view(torch.uint8)  # as the backend hands it to the kernels
         return weight, scale
 

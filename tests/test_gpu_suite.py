@@ -23,9 +23,12 @@ from omnigene_fast.bench.gpu_suite import (
     model,
     predict,
     repeat,
+    revision,
     sanitizer,
     status,
+    summary,
     table,
+    tuning,
 )
 from omnigene_fast.bench.providers import OURS, Provider, build
 from omnigene_fast.bench.workloads import Layer
@@ -216,6 +219,7 @@ def test_what_is_missing_is_recorded(out):
     text = (out / "summary.md").read_text()
     assert "| sanitizer | missing |" in text
     assert "- No `compute-sanitizer`." in text
+    assert f"- Decode: {environment.info._decode()}." in text
 
 
 def test_without_a_gpu_the_steps_say_so(tmp_path):
@@ -279,6 +283,97 @@ def test_a_case_that_crashes_stops_no_other(tmp_path, monkeypatch):
     assert "omnigene_fast route_traced uniform T=1 wrong" in problem
 
 
+def test_a_retry_measures_again_what_was_wrong_and_keeps_the_rest(tmp_path, monkeypatch):
+    def row(case, found):
+        return {
+            "op": case[0],
+            "mode": case[1],
+            "tokens": cases.tokens_of(case[2], True),
+            "provider": OURS,
+            "status": found,
+        }
+
+    monkeypatch.setattr(table.report, "console", lambda rows: "")
+    rows = tmp_path / "rows" / "table.json"
+    report.save([row(FEW[0], "ok"), row(FEW[1], "wrong")], rows)
+    status.save_json(rows.with_suffix(".problems.json"), {"route_traced uniform T=1": "RuntimeError: no memory"})
+    measured = []
+
+    def measure(case):
+        measured.append(case)
+        return [row(case, "ok")]
+
+    assert "wrong" in table.each(context(tmp_path, step="table"), "table", FEW, measure)
+    assert measured == []
+    assert table.each(context(tmp_path, step="table", retry=True), "table", FEW, measure) is None
+    assert measured == FEW[1:]
+    assert [each["status"] for each in report.load(rows)] == ["ok"] * 3
+
+    worked = []
+
+    def work(name):
+        worked.append(name)
+        return {"problem": ""}
+
+    status.save_json(tmp_path / "each.json", {"a": {"problem": ""}, "b": {"problem": "other bits"}})
+    assert status.each(context(tmp_path, step="e"), tmp_path / "each.json", "ab", work)["b"]["problem"] == "other bits"
+    done = status.each(context(tmp_path, step="e", retry=True), tmp_path / "each.json", "ab", work)
+    assert (worked, done["b"]) == (["b"], {"problem": ""})
+
+
+@pytest.mark.parametrize("raised", [False, True])
+@pytest.mark.parametrize(("grows", "left", "state"), [(1, 1, "partial"), (0, 1, "out of time"), (0, 0, "ok")])
+def test_tuning_is_over_when_its_journal_is_gone(tmp_path, monkeypatch, grows, left, state, raised):
+    if raised and not left:
+        pytest.skip("a command that was cut off leaves its journal")
+    on_gpu = context(tmp_path)
+    on_gpu.device = torch.device("cuda")
+    monkeypatch.setattr(tuning, "installed", lambda name: True)
+    monkeypatch.setattr(tuning.info, "slug", lambda device: "card")
+    journal = tmp_path / "tuned" / "card.json.part"
+    journal.parent.mkdir()
+    journal.write_text("one\n")
+    lines = []
+
+    def command(line, variables):
+        lines.append(line)
+        journal.write_text("one\n" * (1 + grows)) if left else journal.unlink()
+        if raised:
+            raise status.OutOfTime
+        return 0
+
+    monkeypatch.setattr(tuning.gpu_tests, "run_group", command)
+    assert status.run(on_gpu, "tune", tuning.run).state == state
+    assert lines[0][lines[0].index("--tokens") + 1] == "512,4096"
+    assert "--no-training" in lines[0]
+
+
+def test_rows_of_two_commits_are_said_to_be(tmp_path, monkeypatch):
+    for name, ran in (("a" * 40, ("table", "decode")), ("b" * 40, ("decode",))):
+        monkeypatch.setattr(revision, "commit", lambda name=name: {"commit": name, "dirty": name[0] == "b"})
+        assert revision.mixture(tmp_path) == ""
+        for each in ran:
+            revision.record(tmp_path, each)
+    sentence = revision.mixture(tmp_path)
+    assert f"({'a' * 12}: table, decode; {'b' * 12}, with changes: decode)" in sentence
+    assert summary.page([], {}, [], sentence).splitlines()[2] == sentence
+    monkeypatch.undo()
+    assert revision.commit(tmp_path) is None
+
+
+def test_nvidia_smi_is_asked_for_this_gpu(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "$3, 1"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    properties = type("Properties", (), {"uuid": "01-23"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert environment.nvidia_smi(torch.device("cuda"))["name"] == "--id=GPU-01-23"
+    assert environment.nvidia_smi(CPU)["name"] == ""
+    tool.write_text("#!/bin/sh\nexit 0\n")
+    assert "names no GPU" in environment.nvidia_smi(CPU)
+
+
 @pytest.fixture(scope="module")
 def layer():
     return Layer(cases.TINY_SHAPE, torch.bfloat16, CPU)
@@ -321,6 +416,11 @@ def test_compiled_blocks_are_compared(layer, monkeypatch):
         return tuple(out + next(turns) for out in right(*arguments))
 
     assert capture.compiles(layer, "eager", train=False) == ""
+    draw = next(layer.draws("uniform", 2, 1))
+    plain, stored = (
+        capture.block(layer, layer.projection("uniform"), draw.hidden, False, op)[0] for op in ("", "experts_int8")
+    )
+    assert 0 < (stored - plain).norm() / plain.norm() < 2e-2  # the same experts, rounded to 8 bits
     monkeypatch.setattr(capture, "block", other)
     assert "is not that of a plain call" in capture.compiles(layer, "eager", train=False)
 
@@ -395,6 +495,20 @@ def test_a_file_that_cannot_be_collected_has_failed(tmp_path, monkeypatch):
     assert found.reason == "1 failed, 0 passed: test_broken.py: pytest ended with status -6"
 
 
+def test_a_retry_runs_the_tests_that_failed(tmp_path, monkeypatch):
+    file = tmp_path / "checkout" / "test_two.py"
+    file.parent.mkdir()
+    file.write_text("def test_a(): pass\ndef test_b(): assert 1 == 2\n")
+    beside(monkeypatch, file)
+    out = tmp_path / "out"
+    assert status.run(context(out), "tests", gpu_tests.run).state == "failed"
+    (out / "status" / "tests.json").unlink()
+    file.write_text("def test_a(): assert False\ndef test_b(): pass\n")  # test_a has passed: it is not run again
+    assert status.run(context(out), "tests", gpu_tests.run).state == "failed"
+    (out / "status" / "tests.json").unlink()
+    assert status.run(context(out, retry=True), "tests", gpu_tests.run).state == "ok"
+
+
 def test_gpu_tests_are_found():
     files = gpu_tests.test_files(tiny=False)
     assert ROOT / "tests" / "kernels" / "test_forward_gpu.py" in files
@@ -410,9 +524,18 @@ def test_predictions_are_committed_for_every_case():
     assert found == [*cases.table(), *cases.decode()]
     for row in rows:
         assert row["expected_us"] > row["floor_us"]
-        if row["tokens"] <= 64:
+        if row["tokens"] <= 64 or row["op"].startswith("route"):
             floor, expected = predict.predict(row["op"], row["mode"], row["tokens"])
             assert (floor, expected) == pytest.approx((row["floor_us"], row["expected_us"]), rel=2e-2)
+
+
+def test_predictions_need_no_triton():
+    code = "import sys; sys.modules['triton'] = None; from omnigene_fast.bench.gpu_suite import predict as p; "
+    code += "print(p.predict('experts', 'uniform', 1)[1])"
+    given = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(predict.predict("experts", "uniform", 1)[1])
 
 
 def test_floors_are_those_of_the_design():
@@ -430,6 +553,7 @@ from pathlib import Path
 step, out = sys.argv[3], Path(sys.argv[sys.argv.index("--out") + 1])
 with open(out / "calls", "a") as calls:
     print(step, *sys.argv[4:], file=calls)
+(out / "visible").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 if step == os.environ.get("CRASHING"):
     sys.exit(3)
 state = "partial" if step == os.environ.get("PARTIAL") else "failed" if step == os.environ.get("FAILING") else "ok"
@@ -485,6 +609,32 @@ def test_the_script_goes_on_after_a_crash_and_comes_back_to_it(tmp_path):
     assert names(calls) == ["tests", "table", "summary"]  # the failed one is over
     _, calls = script(tmp_path / "out", "--retry")
     assert names(calls) == ["decode", "summary"]
+    assert "--retry" in calls[0].split()
+    assert "--retry" not in calls[1].split()
+
+
+def test_a_retry_keeps_rows_and_what_is_partial(tmp_path):
+    out = tmp_path / "out"
+    script(out, FAILING="table", PARTIAL="tune")
+    kept = [out / "rows" / "table.json", out / "rows" / "table.problems.json", out / "table.json"]
+    for path in (*kept, out / "status" / "table.tries.json", out / "status" / "tune.tries.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    _, calls = script(out, "--retry")
+    assert [("--retry" in line.split(), line.split()[0]) for line in calls][:2] == [(True, "table"), (False, "tune")]
+    assert all(path.exists() for path in kept)
+    assert not (out / "status" / "table.tries.json").exists()
+    assert (out / "status" / "tune.tries.json").exists()
+
+
+@pytest.mark.parametrize(("visible", "number"), [(None, "1"), ("4,GPU-5", "GPU-5")])
+def test_one_of_several_gpus_is_all_that_the_steps_see(tmp_path, monkeypatch, visible, number):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    _, calls = script(tmp_path / "out", "--steps", "table", "--device", "cuda:1", **variables)
+    words = calls[0].split()
+    assert words[words.index("--device") + 1] == "cuda"
+    assert (tmp_path / "out" / "visible").read_text() == number
 
 
 def test_the_script_passes_its_options_on_and_cuts_short(tmp_path):
@@ -501,11 +651,21 @@ def test_the_script_passes_its_options_on_and_cuts_short(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [(("--tokens", "1"), "expected --out"), (("--total", "x"), "expected seconds, got 'x'")]
+    ("options", "message"),
+    [
+        (("--tokens", "1"), "expected --out"),
+        (("--total", "x"), "expected seconds, got 'x'"),
+        (("--out",), "--out: expected a value behind it"),
+        (("--steps", "--tiny"), "--steps: expected a value behind it, got '--tiny'"),
+        (("--steps", "table tabel"), "environment correctness tests table decode"),
+        (("--device", "gpu"), "expected cpu, cuda or cuda:N, got 'gpu'"),
+        (("--device", "cuda:1x"), "expected cpu, cuda or cuda:N, got 'cuda:1x'"),
+        (("--device", "cuda:7"), "CUDA_VISIBLE_DEVICES lists 1 GPUs, got 'cuda:7'"),
+    ],
 )
 def test_the_script_refuses_what_it_does_not_know(tmp_path, options, message):
     (tmp_path / "out").mkdir()
-    done, calls = script(tmp_path / "out", *options)
+    done, calls = script(tmp_path / "out", *options, CUDA_VISIBLE_DEVICES="0")
     assert done.returncode == 2
     assert message in done.stderr
     assert not calls

@@ -212,6 +212,42 @@ def test_an_honest_candidate_is_not_rejected(user):
     assert any(tile.block_k == 32 for tile in vars(bucket.tiles).values())
 
 
+def test_e4m3_as_bits_is_measured_as_it_is_launched(user):
+    """Below compute capability 8.9 the up GEMM's step is cut, in what is measured too; int8 is the control."""
+    for weights in ("fp8", "int8"):
+        options = tune.Settings(replace(GPU, arch=80), SHAPE, weights=weights, tokens=(4096,), training=False)
+        bench = Bench(options, likes(block_k=64))
+        bench.run(user.with_name(f"{weights}.json"))
+        wide = {kernel for _, kernel, found, _ in bench.calls for t in found if t.block_m >= 64 and t.block_k > 32}
+        assert wide == ({"down"} if weights == "fp8" else {"up", "down"})
+
+
+def test_outputs_are_compared_a_part_at_a_time(monkeypatch):
+    monkeypatch.setattr(tune, "_COMPARED_BYTES", 3 * 8 * 7)
+    right = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    out = right + 1e-3 * right.flip(0)
+    (largest, norm), (most, size) = tune._extent(out, right)
+    difference = out.double() - right.double()
+    assert (largest, most) == (difference.abs().max().item(), right.abs().max().item())
+    assert (norm, size) == pytest.approx((difference.norm().item(), right.double().norm().item()), rel=1e-12)
+    for row in (0, 25, 49):
+        spoilt = right.clone()
+        spoilt[row, 3] = torch.nan
+        assert "is wrong" in tune.disagreement((right,), (spoilt,))
+    assert tune.disagreement((right,), (right.clone(),)) is None
+
+
+def test_too_little_memory_is_no_fault_of_a_candidate(user):
+    def output(kernel, tile, right):
+        if tile.block_k == 32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return right
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"512 tokens, got: CUDA out .*; use fewer --tokens or --no-train"):
+        Bench(settings(tokens=(512,)), likes(block_k=32), output).run(user)
+    assert not user.exists()
+
+
 # What is kept
 
 
@@ -241,6 +277,33 @@ def test_measurements_of_other_classes_stay(user):
     assert [b for b in again if b.weights == "same" and b.rows_per_expert > 10] == [
         b for b in first if b.rows_per_expert > 10
     ]
+
+
+def test_a_file_of_one_s_own_keeps_what_it_holds(user, tmp_path):
+    """Not only the table in use: --out names one that nothing looks at."""
+    path = tmp_path / "own.json"
+    Bench(settings(), likes(block_k=32)).run(path)
+    first = tables.read(path).buckets
+    options = settings(tokens=(512,), weights="int8", training=False)
+    Bench(options, likes(stages=2)).run(path, options=options)
+    both = tables.read(path).buckets
+    assert [bucket for bucket in both if bucket.weights == "same"] == list(first)
+    assert any(bucket.weights == "8bit" for bucket in both)
+    assert not user.exists()
+
+
+@pytest.mark.parametrize("held", ["{", "another GPU's"])
+def test_a_file_that_is_no_table_of_this_gpu_is_replaced(tmp_path, held):
+    path = tmp_path / "own.json"
+    if held != "{":
+        Bench(settings(), likes(block_k=32)).run(path)
+        held = path.read_text().replace(GPU.name, "NVIDIA H200")
+    path.write_text(held)
+    forget()
+    options = settings(tokens=(512,), weights="int8", training=False)
+    Bench(options, likes(stages=2)).run(path, options=options)
+    assert tables.read(path).device == GPU.name
+    assert {bucket.weights for bucket in tables.read(path).buckets} == {"8bit"}
 
 
 def test_predictions_fill_what_is_far_from_any_measurement(user):
@@ -406,6 +469,14 @@ def test_without_a_gpu_tune_says_so(arguments, message):
     result = CliRunner().invoke(main, ["tune", *arguments])
     assert result.exit_code == 1
     assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_without_triton_tune_says_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(main, ["tune"])
+    assert result.exit_code == 1
+    assert "tune: expected the package triton, which is not installed; install it with" in result.output
     assert len(result.output.strip().splitlines()) == 1
 
 

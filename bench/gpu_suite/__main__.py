@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="directory for everything that is written")
     parser.add_argument("--device", default="cuda", help="cuda[:N], or cpu; default: cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: the logic, not the machine")
+    parser.add_argument("--retry", action="store_true", help="drop what was found wrong before, to measure it again")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds that the step may take; default: 120")
     parser.add_argument(
         "--deadline", type=float, help="seconds, from the start of the process, that it may take at most"
@@ -60,22 +61,26 @@ def main(arguments: list[str] | None = None) -> int:
 
     import torch
 
-    from . import status
+    from . import revision, status
 
     # A cold start takes as long as a short step: it is counted against the deadline and not against the budget.
     budget = options.budget if options.deadline is None else min(options.budget, options.deadline - age)
     whole = budget == options.budget
     context = status.Context(options.out, torch.device(options.device), options.tiny, budget, whole)
+    context.retry = options.retry
 
     def function(context: status.Context) -> str | None:
         if context.device.type == "cuda" and options.step != "summary" and not torch.cuda.is_available():
             raise status.MissingTool("torch finds no CUDA GPU")
+        if options.step != "summary":
+            revision.record(context.out, options.step)
         return step(options.step)(context)
 
     status.run(context, options.step, function)
     if context.lost and arguments is None:
         sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "omnigene_fast.bench.gpu_suite", *sys.argv[1:]])
+        again = [word for word in sys.argv[1:] if word != "--retry"]  # this attempt's findings are not for dropping
+        os.execv(sys.executable, [sys.executable, "-m", "omnigene_fast.bench.gpu_suite", *again])
     return 0
 
 

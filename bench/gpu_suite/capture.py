@@ -9,11 +9,12 @@ from torch import Tensor
 
 from omnigene_fast import ops
 
+from ..lowbit import low_bit
 from ..workloads import EPS, Layer
 from . import cases, status
 from .decode import without_synchronising
 
-GRAPH_TOKENS = (1, 8, 64, 512, 4096)
+GRAPH_TOKENS = (1, 8, 16, 64, 512, 4096)  # 16 is the most that the decode kernels serve
 COMPILERS = ("aot_eager", "inductor")
 
 
@@ -26,6 +27,8 @@ def run(context: status.Context) -> str | None:
         for train in (False, True):
             name = f"graph {'forward and backward' if train else 'forward'} T={tokens}"
             checks[name] = functools.partial(follows, layer, tokens, train)
+    tokens = cases.tokens_of(8, context.tiny)
+    checks[f"graph int8 T={tokens}"] = functools.partial(follows, layer, tokens, False, "experts_int8")
     for compiler in COMPILERS[:1] if context.tiny else COMPILERS:
         for train in (False, True):
             name = f"compile {compiler} {'forward and backward' if train else 'forward'}"
@@ -40,21 +43,40 @@ def run(context: status.Context) -> str | None:
     return status.problems(status.each(context, context.out / "capture.json", checks, work))
 
 
-def block(layer: Layer, proj: Tensor, hidden: Tensor, trained: bool = False) -> tuple[Tensor, ...]:
-    """Router and experts of `hidden`; if `trained`, also the gradients of `hidden` and of the projection."""
+def block(layer: Layer, proj: Tensor, hidden: Tensor, trained: bool = False, stored: str = "") -> tuple[Tensor, ...]:
+    """Router and experts of `hidden`; if `trained`, also the gradients of `hidden` and of the projection.
+
+    `stored` is an operation of `LOW_BIT_OPS`, whose format the experts then have.
+    """
     _, weights, index = ops.route(hidden, proj, layer.scale, layer.per_expert_scale, top_k=layer.shape.K, eps=EPS)
-    out = ops.expert_mlp(hidden, layer.gate_up, layer.down, index, weights, activation="gelu_tanh")
+    gate_up_scale: Tensor | None
+    down_scale: Tensor | None
+    if stored:
+        low = low_bit(layer, stored)
+        gate_up, down, gate_up_scale, down_scale = low[:4]
+    else:
+        gate_up, down, gate_up_scale, down_scale = layer.gate_up, layer.down, None, None
+    out = ops.expert_mlp(
+        hidden,
+        gate_up,
+        down,
+        index,
+        weights,
+        activation="gelu_tanh",
+        gate_up_scale=gate_up_scale,
+        down_scale=down_scale,
+    )
     if not trained:
         return (out,)
     return (out, *torch.autograd.grad(out, (hidden, proj), out.detach()))
 
 
-def follows(layer: Layer, tokens: int, train: bool) -> str:
+def follows(layer: Layer, tokens: int, train: bool, stored: str = "") -> str:
     """Replays of one captured graph on three other routings, against plain calls, bit for bit."""
     draws = list(layer.draws("uniform", tokens, 4))
     static = draws[0].hidden.clone().requires_grad_(train)
     proj = layer.projection("uniform").requires_grad_(train)
-    call = functools.partial(block, layer, proj, static, train)
+    call = functools.partial(block, layer, proj, static, train, stored)
     with torch.set_grad_enabled(train):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -11,7 +11,7 @@ import torch
 from omnigene_fast import info
 
 from ..providers import GPU_ONLY, installed
-from . import cases, status
+from . import cases, revision, status
 
 # What a step does without each of these.
 OPTIONAL = {
@@ -35,7 +35,9 @@ def run(context: status.Context) -> str | None:
     found: dict[str, Any] = {
         "fields": info.environment(context.device, torch.bfloat16),
         "slug": info.slug(context.device),
-        "nvidia_smi": nvidia_smi(),
+        "git": revision.commit(),
+        "decode": info._decode(),
+        "nvidia_smi": nvidia_smi(context.device),
         "cuda": torch.version.cuda,
         "cpp_module": _cpp_module(),
         "missing": missing(),
@@ -47,22 +49,30 @@ def run(context: status.Context) -> str | None:
     for _ in range(5):
         probe.sample()
     found["probe"] = {"kind": probe.kind, "bandwidth_gb_s": probe.bandwidth, "peak_gflop_s": probe.peak}
-    found["nvidia_smi_after_load"] = nvidia_smi()
+    found["nvidia_smi_after_load"] = nvidia_smi(context.device)
     status.save_json(context.out / "environment.json", found)
     print("\n".join(found["report"]))
     return None
 
 
-def nvidia_smi() -> dict[str, str] | str:
-    """Clocks, power and the rest of QUERY by name; a sentence if the tool is not there or does not answer."""
+def nvidia_smi(device: torch.device) -> dict[str, str] | str:
+    """Clocks, power and the rest of QUERY by name; a sentence if the tool is not there or does not answer.
+
+    The tool numbers all of the machine's GPUs, whatever CUDA_VISIBLE_DEVICES says: the device is asked for by its uuid.
+    """
     if shutil.which("nvidia-smi") is None:
         return "nvidia-smi is not installed"
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+    if device.type == "cuda" and (uuid := getattr(torch.cuda.get_device_properties(device), "uuid", None)):
+        command.append(f"--id=GPU-{str(uuid).removeprefix('GPU-')}")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi did not answer: {error}"
-    values = done.stdout.strip().splitlines()[0].split(", ")
+    lines = done.stdout.strip().splitlines()
+    if not lines:
+        return "nvidia-smi did not answer: it names no GPU"
+    values = lines[0].split(", ")
     return dict(zip(QUERY.split(","), values, strict=False))
 
 

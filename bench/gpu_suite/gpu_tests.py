@@ -28,6 +28,9 @@ def run(context: status.Context) -> str | None:
         raise status.MissingTool("there are no tests beside this package: it was installed, not checked out")
     path = context.out / "tests.json"
     done: dict[str, dict[str, Any]] = status.load_json(path, {})
+    if context.retry:
+        forget_bad(done, files, context)
+        status.save_json(path, done)
     for file in files:
         name = str(file.relative_to(ROOT))
         before = done.get(name, {"outcomes": {}, "problem": "", "over": False})
@@ -68,14 +71,33 @@ def test_files(tiny: bool) -> list[Path]:
     return sorted(marked, key=lambda path: "backward" in path.name)
 
 
+def forget_bad(done: dict[str, dict[str, Any]], files: list[Path], context: status.Context) -> None:
+    """Drop the outcomes of tests that failed, and the problems of files, here and in the lines of the plugin."""
+    for file in files:
+        lines = lines_of(file, context)
+        if lines.exists():
+            kept = {test: outcome for test, outcome in read_outcomes(lines).items() if not _is_bad(outcome)}
+            lines.write_text("".join(json.dumps(pair) + "\n" for pair in kept.items()))
+        name = str(file.relative_to(ROOT))
+        if name in done:
+            found = done[name]["outcomes"]
+            kept = {test: outcome for test, outcome in found.items() if not _is_bad(outcome)}
+            over = done[name]["over"] and kept == found and not done[name]["problem"]
+            done[name] = {"outcomes": kept, "problem": "", "over": over}
+
+
+def lines_of(file: Path, context: status.Context) -> Path:
+    """Where the plugin writes the outcomes of a file's tests."""
+    return context.out / "tests" / f"{file.parent.name}-{file.stem}.jsonl"
+
+
 def run_file(file: Path, context: status.Context, before: dict[str, str]) -> dict[str, Any]:
     """The tests of one file that have no outcome in `before`; "over" is whether pytest came to its end."""
-    stem = context.out / "tests" / f"{file.parent.name}-{file.stem}"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    lines = stem.with_suffix(".jsonl")
+    lines = lines_of(file, context)
+    lines.parent.mkdir(parents=True, exist_ok=True)
     before = before | read_outcomes(lines)  # what a process that was killed had come to
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "-o", "addopts="]
-    command += ["-p", PLUGIN, f"--rootdir={ROOT}", "--outcomes", str(lines), f"--junitxml={stem.with_suffix('.xml')}"]
+    command += ["-p", PLUGIN, f"--rootdir={ROOT}", "--outcomes", str(lines), f"--junitxml={lines.with_suffix('.xml')}"]
     command += [*(() if context.tiny else ("-m", "gpu")), str(file)]
     command += [word for test in before for word in ("--deselect", test)]
     try:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from ...kernels.tiles import route_tile
 from ..floors import work_of
 from ..runner import Row
 from ..training import RANKS
@@ -89,6 +88,8 @@ def _expected(op: str, tokens: int, shape: Shape, found: Routing) -> float:
 
 def _gate(op: str, tokens: int, shape: Shape) -> float:
     """The router's form is that of `tiles.route_tile`: what one multiprocessor takes in, or memory, then the choice."""
+    from ...kernels.tiles import route_tile  # it imports Triton, which the rest does without
+
     tile = route_tile(tokens, shape.E, shape.H, torch.bfloat16, "hf", 90)
     programs = -(-tokens // tile.block_t) * -(-shape.E // tile.block_n)
     waves = max(programs / MULTIPROCESSORS, 1.0) if tile.block_t == 1 else float(-(-programs // MULTIPROCESSORS))

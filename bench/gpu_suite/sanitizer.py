@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from omnigene_fast import ops
+
 from ..providers import OURS, Missing, build
 from ..workloads import Layer
 from . import cases, environment, gpu_tests, status
 
 TOOLS = ("memcheck", "racecheck")
 OPS = ("route", "experts", "experts_full", "experts_lora16", "experts_int8", "experts_fp8")
+TOKENS = (1, 5, 17)  # decode; decode with experts that several tokens share; beyond decode
 FAULT = 99  # compute-sanitizer's exit status if it found something
 
 
@@ -55,12 +58,17 @@ def exercise(device: torch.device) -> None:
     """Every operation on few tokens of a small layer."""
     layer = Layer(cases.SMALL_SHAPE, torch.bfloat16, device)
     for op in OPS:
-        for tokens in (1, 17):
+        for tokens in TOKENS:
             (provider,) = build(op, layer, (OURS,))
             assert not isinstance(provider, Missing)
             provider.prepare(layer.projection("protein"))
             with torch.no_grad():
                 provider.call(next(layer.draws("protein", tokens, 1)))
+    # A single pick: decode shares the sum of one pick among several warps where there are few picks.
+    draw = next(layer.draws("protein", 1, 1))
+    index, weights = draw.index[:, :1].contiguous(), draw.weights[:, :1].contiguous()
+    with torch.no_grad():
+        ops.expert_mlp(draw.hidden, layer.gate_up, layer.down, index, weights, activation="gelu_tanh")
     if device.type == "cuda":
         torch.cuda.synchronize()
 

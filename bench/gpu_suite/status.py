@@ -55,6 +55,7 @@ class Context:
     started: float = field(default_factory=time.monotonic)
     step: str = ""
     lost: bool = False  # the device, for this process
+    retry: bool = False  # whether what was found wrong before is dropped, so that it is worked on again
 
     @property
     def left(self) -> float:
@@ -158,6 +159,9 @@ def each(
         DeviceLost: this process can launch nothing any more; what was found is kept.
     """
     done: dict[str, dict[str, Any]] = load_json(path, {})
+    if context.retry:
+        done = {name: found for name, found in done.items() if not found.get("problem")}
+        save_json(path, done)
     for name in names:
         if name in done:
             continue

@@ -5,7 +5,7 @@ from typing import Any
 
 from .. import goals, report, report_gpu
 from ..runner import Row
-from . import status
+from . import revision, status
 
 ROWS = ("table", "decode", "model")
 
@@ -19,7 +19,7 @@ def run(context: status.Context) -> str | None:
         report.save(rows, context.out / "results.json")
     environment = status.load_json(context.out / "environment.json", {})
     steps = [status.read(context.out, step) for step in STEPS if step != "summary"]
-    text = page(rows, environment, steps)
+    text = page(rows, environment, steps, revision.mixture(context.out))
     beside = context.out / "summary.md.new"
     beside.write_text(text + "\n")
     beside.replace(context.out / "summary.md")
@@ -37,9 +37,9 @@ def collect(out: Path) -> list[Row]:
     return rows
 
 
-def page(rows: list[Row], environment: dict[str, Any], steps: list[status.Status]) -> str:
-    """The summary as markdown."""
-    parts = ["# GPU suite", _machine(environment), "## Steps", _steps(steps)]
+def page(rows: list[Row], environment: dict[str, Any], steps: list[status.Status], mixture: str = "") -> str:
+    """The summary as markdown; `mixture` is the sentence on rows of several commits."""
+    parts = ["# GPU suite", *filter(None, [mixture]), _machine(environment), "## Steps", _steps(steps)]
     if rows:
         parts += ["## Goals", _about_goals(rows), report_gpu.goals_table(rows)]
         lost = report_gpu.losses(rows)
@@ -61,6 +61,10 @@ def _machine(environment: dict[str, Any]) -> str:
         f"{fields['device']}, {fields['date']}, {fields['backend']} kernels; {versions}; CUDA {environment['cuda']}.",
         f"C++ module: {environment['cpp_module']}.",
     ]
+    if "decode" in environment:  # a directory of an earlier version of the suite has none
+        lines.append(f"Decode: {environment['decode']}.")
+    if git := environment.get("git"):
+        lines.append(f"Commit {git['commit']}{', with changes' if git['dirty'] else ''}.")
     if probe is not None:
         peak = probe["peak_gflop_s"] / 1e3
         lines.append(f"Measured: {probe['bandwidth_gb_s']:,.0f} GB/s, {peak:,.1f} TFLOP/s ({probe['kind']}).")

@@ -47,10 +47,15 @@ def each(
     environment = info.environment(context.device, torch.bfloat16)
     troubles = path.with_suffix(".problems.json")
     crashed: dict[str, str] = status.load_json(troubles, {})
+    if context.retry:
+        again = {_case(row) for row in ours_amiss(rows)}
+        rows, crashed = [row for row in rows if _case(row) not in again], {}
+        report.save(rows, path)
+        status.save_json(troubles, crashed)
     for case in wanted:
         op, mode, tokens = case[0], case[1], cases.tokens_of(case[2], context.tiny)
         title = f"{op} {mode} T={tokens}"
-        if title in crashed or any((row["op"], row["mode"], row["tokens"]) == (op, mode, tokens) for row in rows):
+        if title in crashed or any(_case(row) == (op, mode, tokens) for row in rows):
             continue
         print(f"{title}, {context.left:.0f} s left", flush=True)
         if context.tries(title) >= status.MAX_CUTS + 1:
@@ -68,6 +73,16 @@ def each(
         status.save_json(troubles, crashed)
         context.progressed()
         status.check_device(context)
-    ours = [row for row in rows if row["provider"].startswith("omnigene_fast") and row["status"] in ("wrong", "failed")]
-    wrong = [f"{row['provider']} {row['op']} {row['mode']} T={row['tokens']} {row['status']}" for row in ours]
+    wrong = [
+        f"{row['provider']} {row['op']} {row['mode']} T={row['tokens']} {row['status']}" for row in ours_amiss(rows)
+    ]
     return "; ".join([*(f"{title}: {why}" for title, why in crashed.items()), *wrong]) or None
+
+
+def ours_amiss(rows: list[runner.Row]) -> list[runner.Row]:
+    """Our own rows that are wrong or failed."""
+    return [row for row in rows if row["provider"].startswith("omnigene_fast") and row["status"] in ("wrong", "failed")]
+
+
+def _case(row: runner.Row) -> cases.Case:
+    return row["op"], row["mode"], row["tokens"]

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 MIN_CAPABILITY = (8, 0)
 _INTERPRETED_ARCH = 80
-_CONVERTS_E4M3 = 89
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -273,9 +272,11 @@ def _readable(gate_up_proj: Tensor, down_proj: Tensor, scales: Scales) -> tuple[
     """Projections and scales as the kernels take them: GPUs that cannot convert e4m3 get its bits."""
     if scales.gate_up is None or scales.down is None:
         return gate_up_proj, down_proj, PLAIN
-    if gate_up_proj.dtype == torch.float8_e4m3fn and _arch(gate_up_proj.device) < _CONVERTS_E4M3:
+    from ..kernels.weights import CONVERTS_E4M3
+
+    if gate_up_proj.dtype == torch.float8_e4m3fn and _arch(gate_up_proj.device) < CONVERTS_E4M3:
         gate_up_proj = gate_up_proj.view(torch.uint8)
-    if down_proj.dtype == torch.float8_e4m3fn and _arch(down_proj.device) < _CONVERTS_E4M3:
+    if down_proj.dtype == torch.float8_e4m3fn and _arch(down_proj.device) < CONVERTS_E4M3:
         down_proj = down_proj.view(torch.uint8)
     return gate_up_proj, down_proj, Scales(scales.gate_up.contiguous(), scales.down.contiguous())
 

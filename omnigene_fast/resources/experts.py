@@ -18,6 +18,7 @@ from ..kernels.lora import (
     launch_lora_rhs_bwd,
     pad_factors,
 )
+from ..kernels.weights import CONVERTS_E4M3, tiles_of_8_bits
 from .recorder import Recorder
 
 E, K, H, I = 128, 8, 2816, 704  # noqa: E741
@@ -25,7 +26,6 @@ TOKENS = (4096, 1024, 512, 256, 64, 16, 4, 1)
 LOW_RANKS = (16, 64)
 # Weights in 8 bits, as they reach the kernels: below compute capability 8.9 the bits of e4m3 do.
 STORED = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.uint8: "e4m3 bits"}
-_CONVERTS_E4M3 = 89
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -212,11 +212,12 @@ def record_low_bits(recorder: Recorder) -> None:
     without low-rank updates. The pre-activation is stored where rows are odd or a low-rank update is added.
     """
     arch = recorder.arch
-    e4m3 = torch.uint8 if arch < _CONVERTS_E4M3 else torch.float8_e4m3fn
+    e4m3 = torch.uint8 if arch < CONVERTS_E4M3 else torch.float8_e4m3fn
     for dtype, aligned, lora, choice, tokens in configurations(arch, weight_bits=8):
         half = dtype == torch.bfloat16
         for stored in (torch.int8, e4m3):
-            experts = Experts(recorder, choice, tokens, dtype, aligned, stored=stored)
+            launched = tiles_of_8_bits(choice, stored == torch.uint8)
+            experts = Experts(recorder, launched, tokens, dtype, aligned, stored=stored)
             if lora and half and aligned and stored == torch.int8:
                 experts.lora(LOW_RANKS[0], narrow=False)
             elif not lora and (half or aligned) and (stored == torch.int8 or (half and aligned)):

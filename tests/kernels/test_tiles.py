@@ -195,6 +195,24 @@ def test_the_backend_asks_for_its_gpu_and_its_weights(monkeypatch, tmp_path):
     assert backend._tiles(index, lora, hidden, *plain).down.block_k == 128
 
 
+def test_a_measured_bucket_of_8_bits_is_launched_as_it_is(monkeypatch, tmp_path):
+    """What was measured is what runs; e4m3 as bits, the control, has half the step."""
+    bucket = measured()["buckets"][0] | {"weights": "8bit"}
+    bucket["tiles"] = {
+        n: t | {"block_m": 64, "block_n": 128, "block_k": 64, "stages": 2} for n, t in bucket["tiles"].items()
+    }
+    path = save(measured(buckets=[bucket]), tmp_path / "cache" / "omnigene-fast" / "tuned" / FILE)
+    monkeypatch.setattr(tiles, "gpu_name", lambda device: DEVICE)
+    monkeypatch.setattr(backend, "_arch", lambda device: 90)
+    index, hidden = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 32, dtype=torch.bfloat16)
+    lora = backends.Lora(None, None, None, None)
+    tuned = tables.read(path).buckets[0].tiles
+    for dtype, step in ((torch.int8, 64), (torch.float8_e4m3fn, 64), (torch.uint8, 32)):
+        weights = (torch.zeros(shape, dtype=dtype) for shape in ((2, 256, 32), (2, 32, 128)))
+        launched = backend._tiles(index, lora, hidden, *weights)
+        assert launched == replace(tuned, up=replace(tuned.up, block_k=step))
+
+
 # Tables of the user
 
 
@@ -218,6 +236,13 @@ def test_a_variable_names_another_place(monkeypatch, tmp_path, folder):
     tables.forget()
     tiles.expert_tiles.cache_clear()
     assert choose() == choose(device=None)
+
+
+def test_a_directory_that_is_yet_to_be_made_ends_with_a_slash(monkeypatch, tmp_path):
+    monkeypatch.setenv(tables.VARIABLE, f"{tmp_path / 'new'}/")
+    assert tables.user_file(DEVICE) == tmp_path / "new" / FILE
+    monkeypatch.setenv(tables.VARIABLE, str(tmp_path / "new"))
+    assert tables.user_file(DEVICE) == tmp_path / "new"
 
 
 def test_a_variable_that_names_nothing_is_said_once(monkeypatch, tmp_path, caplog):
@@ -246,6 +271,7 @@ BROKEN = {
     "newer": (measured(version=2), "version: expected 1, the one that this omnigene-fast reads, got 2."),
     "another GPU's": (measured(device="NVIDIA H200"), "device: expected 'NVIDIA H100 80GB HBM3', which is what runs"),
     "no source": (measured(source="guessed"), "source: expected predicted or measured, got 'guessed'."),
+    "sources": (measured(source=["measured"]), "source: expected predicted or measured, got ['measured']."),
     "no date": ({k: v for k, v in measured().items() if k != "date"}, "table: expected the fields version, arch, sou"),
     "no buckets": (measured(buckets=[]), "buckets: expected a list, got []."),
     "arch": (measured(arch=90), "arch: expected a list like [80, 86], got 90."),
