@@ -76,8 +76,8 @@ def test_half_gemms_use_tensor_cores(rows):
 
 
 def test_aligned_gemms_copy_sixteen_bytes_at_a_time(rows):
-    """All operands, all stages of the pipeline; tiles 16 columns wide have fewer bytes than that, and so have weights in
-    8 bits whose tile has fewer than 16 bytes for each thread.
+    """All operands, all stages of the pipeline; tiles 16 columns wide have fewer bytes than that, and so have those of
+    weights in 8 bits with fewer than 16 bytes for each thread.
 
     A known shortfall: where mma.sync multiplies by weights in 8 bits whose rows are summed over (the backward's),
     Triton copies these in narrower pieces; there only the other operand is looked at.
