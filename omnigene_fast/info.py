@@ -180,7 +180,27 @@ def _section(title: str, rows: list[tuple[str, str]]) -> list[str]:
 
 
 def _package(name: str) -> str:
-    return package_version(name) or f"not installed (pip install {name})"
+    found = package_version(name)
+    if found is None:
+        return f"not installed (pip install {name})"
+    return f"{found}; {refused}" if name == "peft" and (refused := peft_refused()) is not None else found
+
+
+def peft_refused() -> str | None:
+    """None if transformers works with the installed PEFT in `model.add_adapter`, else why not; PEFT's own calls do."""
+    from transformers.integrations import peft
+
+    least = getattr(peft, "MIN_PEFT_VERSION", None)
+    if package_version("peft") is None or least is None:
+        return None
+    try:
+        peft.check_peft_version(min_version=least)
+    except ValueError:
+        return (
+            f"transformers {package_version('transformers')} asks for peft {least} in model.add_adapter;"
+            " peft.get_peft_model needs no newer one."
+        )
+    return None
 
 
 def browser() -> str | None:
