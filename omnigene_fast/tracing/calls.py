@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+CACHE_NAMES = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+
 
 @dataclass
 class Call:
@@ -160,7 +162,7 @@ def describe(module: Any, inputs: dict[str, Any]) -> Call:
             "trace: expected the model to be called with input_ids [B, S] or inputs_embeds [B, S, H],"
             f" got {type(like).__name__}."
         )
-    cache = inputs.get("past_key_values")
+    cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
     return Call(
         B=like.shape[0],
         S=like.shape[1],
@@ -230,8 +232,10 @@ class Streams:
 
     def follow(self, stream: Any, output: Any) -> None:
         """Remember the cache that the model made in a call without one."""
-        cache = getattr(output, "past_key_values", None)
-        if cache is None and isinstance(output, Mapping):
-            cache = output.get("past_key_values")
-        if cache is not None:
-            self._by_cache[cache] = stream
+        for name in CACHE_NAMES:
+            cache = getattr(output, name, None)
+            if cache is None and isinstance(output, Mapping):
+                cache = output.get(name)
+            if cache is not None:
+                self._by_cache[cache] = stream
+                return
