@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnigene_fast import backends, ops, reference
+from omnigene_fast import backends, lowbit, ops, reference
 
 from .gradients import FROZEN, LORA, Comparison, Problem, problem
 from .helpers import ROUTINGS
@@ -20,7 +20,7 @@ cpu = backends.load("cpu")
 REASON = cpu.unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
-STORED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+STORED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIDES = {"gate_up_proj": "gate_up_scale", "down_proj": "down_scale"}
 WANTED = {0: FROZEN, 3: (*FROZEN, *LORA)}
@@ -29,20 +29,13 @@ stored_as = pytest.mark.parametrize("stored", STORED, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def quantise(weight: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The nearest numbers of 8 bits, and the scale of each row that makes its largest number the largest there is."""
-    scale = weight.float().abs().amax(-1) / STORED[stored]
-    numbers = weight.float() / scale[..., None]
-    return (numbers.round() if stored == torch.int8 else numbers).to(stored), scale
-
-
 def low_bit(p: Problem, stored: torch.dtype) -> tuple[Problem, dict[str, Tensor]]:
     """`p` with its projections in 8 bits, and their scales; rows differ in magnitude, so that a scale matters."""
     tensors, scales = dict(p.tensors), {}
     for seed, (name, side) in enumerate(SIDES.items()):
         weight = tensors[name]
         spread = torch.rand(weight.shape[:2], generator=torch.Generator().manual_seed(seed)) + 0.5
-        tensors[name], scales[side] = quantise(weight.float() * spread[..., None], stored)
+        tensors[name], scales[side] = lowbit.quantise(weight.float() * spread[..., None], STORED[stored])
     return Problem(tensors, p.index, p.grad), scales
 
 

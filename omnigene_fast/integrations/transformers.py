@@ -65,7 +65,7 @@ def accelerate(
         The weight is float(stored) * scale of its row: int8 errs by at most half of amax / 127 of the row, fp8 by at
         most 1/16 of each value. In a small model (4 layers, 32 experts of which 8 are chosen) the logits move by 0.7 %
         with int8 and 2.2 % with fp8, and in the layers behind the first 2 % and 8 % of the tokens get another set of
-        experts; bfloat16 itself moves them by 1.6 % and 6 %. The products are computed in the model's dtype, which
+        experts. The products are computed in the model's dtype, which
         `model.to(dtype)` still changes; the 8 bits and the scales stay. The experts require no gradient
         any more (`model.requires_grad_(True)` raises), so build the optimizer afterwards; LoRA on them trains, and its
         factors are float32 unless they were there before. Merging such an adapter brings the experts that it adapts
