@@ -1,6 +1,7 @@
 # make demo   create .venv, install everything, run the demo
 # make test   the same install, then ruff, mypy and the whole test suite
 # make bench  measure this machine; rows and plot in bench/results
+# make examples  the OmniGene-4 workflow on a small model; out/index.html shows what came of it
 # make kernels  compile every GPU kernel, without a GPU, and write docs/kernels.md
 # Needs Python >= 3.11 with venv and, for the C++ kernels, a C++ compiler (Debian, Ubuntu: python3-venv python3-dev g++).
 
@@ -15,7 +16,7 @@ CPU_TORCH := $(shell sed -n 's/^torch==//p' constraints-cpu.txt)
 # Without a GPU, a CPU build of torch and nothing of CUDA: from the configured index if it offers one, else from PyTorch's.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: demo test lint typecheck pytest bench tables kernels install clean
+.PHONY: demo test lint typecheck pytest bench tables kernels examples install clean
 
 demo: $(INSTALLED)
 	$(BIN)/omnigene-fast demo
@@ -42,6 +43,9 @@ tables: $(INSTALLED)
 kernels: $(INSTALLED)
 	$(BIN)/omnigene-fast kernels --check --markdown docs/kernels.md
 
+examples: $(INSTALLED)
+	$(BIN)/python examples/omnigene/run_all.py
+
 install: $(INSTALLED)
 
 # Editable: the tests and the README's tables belong to this checkout, and a second, installed copy would be shadowed by it.
@@ -67,6 +71,6 @@ endif
 	@echo "installed in $(VENV)"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f omnigene_fast/_cpu*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

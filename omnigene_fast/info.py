@@ -33,7 +33,11 @@ PACKAGES = (
     "pandas",
     "plotly",
     "scipy",
+    "rdkit",
+    "dask",
+    "distributed",
 )
+PROGRAMS = {"mmseqs": "mmseqs2", "diamond": "diamond-aligner"}  # of the examples, with their Debian packages
 VARIABLES = (
     "OMNIGENE_FAST_CACHE",
     "OMNIGENE_FAST_CPU_ISA",
@@ -57,6 +61,7 @@ def report() -> str:
             "backends", [*((name, _backend(name)) for name in ("cpu", "triton", "reference")), ("decode", _decode())]
         ),
         *_section("traces", [("browser", _browser())]),
+        *_section("examples", [(name, program(name)) for name in PROGRAMS]),
         *_section("versions", [("python", platform.python_version()), *((n, _package(n)) for n in PACKAGES[1:])]),
         *_section("environment", [(name, os.environ.get(name, "not set")) for name in VARIABLES]),
     ]
@@ -211,6 +216,12 @@ def browser() -> str | None:
 
 def _browser() -> str:
     return browser() or "none found: the test that opens a report in one is skipped (apt-get install chromium)"
+
+
+def program(name: str) -> str:
+    """Path of one of PROGRAMS, or what goes without it."""
+    missing = f"not found: examples/omnigene/homology.py leaves it out on request (apt-get install {PROGRAMS[name]})"
+    return shutil.which(name) or missing
 
 
 def _threads() -> str:
