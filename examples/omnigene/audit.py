@@ -35,6 +35,8 @@ from omnigene_fast.tracing.texts import Row, read_rows, trace_texts
 
 STAGES = ("base", "cpt", "sft")
 LEARNED = 34  # texts of a family that cpt.py learns, of 50
+GROWTH = ["convention", "stage", "before", "after", "corrected", "low", "high"]
+GROWTH += ["share_corrected", "share_low", "share_high"]
 SHARD = 8192  # tokens of a part file: several, so that workers can share them (audit_dask.py)
 
 
@@ -57,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     differentiation(runs, options, results)
     results.table(
         "growth of expert differentiation by stage, paired by document, corrected, with 95 % intervals",
-        decomposition(analysis.decompose(*runs, permutations=options.permutations)),
+        analysis.decompose(*runs, permutations=options.permutations)[GROWTH],
         "divergence: mean Jensen-Shannon divergence, in nats; distance: mean of its square root, the scale on which the"
-        " paper's text counts. Where the two stages together changed little, a share has no bounds.",
+        " paper's text counts.\n  Where the two stages together changed little, a share has no bounds.",
     )
     gate.audit(model, encoder(tokenizer), runs[-1], options, results)
     if options.compare:
@@ -77,28 +79,23 @@ def audited(options: argparse.Namespace) -> list[Row]:
     else:
         texts = [(family, text) for family, each in load_texts(50).items() for text in each[-options.texts :]]
         rows = [Row(number, text, {"task": family}) for number, (family, text) in enumerate(texts)]
-    alone: dict[str, Row] = {}
-    for row in rows:
-        other = alone.pop(row.labels["task"], None)
-        if other is None:
-            alone[row.labels["task"]] = row
-        else:
-            row.labels["pair"] = other.labels["pair"] = str(other.number)
+    for task in {row.labels["task"] for row in rows}:
+        one = [row for row in rows if row.labels["task"] == task]
+        for a, b in zip(one[::2], one[1::2], strict=False):
+            a.labels["pair"] = b.labels["pair"] = str(a.number)
     return rows
 
 
 def checkpoints(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
     """Stage, model and tokenizer of each: loaded, or one small model before, between and after two trainings."""
     if options.models:
-        for path in options.models:
-            if not (path / "config.json").is_file():
-                raise ValueError(f"--models: expected checkpoint directories with a config.json, got {path}.")
-        for stage, path in zip(STAGES, options.models, strict=True):
-            yield stage, *shared.load(options, path)
+        wrong = [path for path in options.models if not (path / "config.json").is_file()]
+        if wrong:
+            raise ValueError(f"--models: expected checkpoint directories with a config.json, got {wrong[0]}.")
+        yield from ((stage, *shared.load(options, path)) for stage, path in zip(STAGES, options.models, strict=True))
         return
     model, tokenizer = shared.load(options)
-    learned = {family: each[:LEARNED] for family, each in load_texts(50).items()}
-    lessons = {"cpt": sequences(learned, options.length), "sft": questions(learned, options.length)}
+    lessons = {"cpt": sequences(options.length), "sft": questions(options.length)}
     for stage in STAGES:
         if stage in lessons:
             shared.switch(model, shared.ways(options)[-1])
@@ -108,19 +105,22 @@ def checkpoints(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
         yield stage, model.eval(), tokenizer
 
 
-def sequences(texts: dict[str, list[str]], length: int) -> list[Sample]:
+def learned() -> list[tuple[str, str]]:
+    """Family and text of what cpt.py learns."""
+    return [(family, text) for family, each in load_texts(LEARNED).items() for text in each]
+
+
+def sequences(length: int) -> list[Sample]:
     """Texts in pieces, every byte of them learned."""
-    return [piece for each in texts.values() for text in each for piece in chunks([BOS, *byte_ids(text)], length)]
+    return [piece for _, text in learned() for piece in chunks([BOS, *byte_ids(text)], length)]
 
 
-def questions(texts: dict[str, list[str]], length: int) -> list[Sample]:
+def questions(length: int) -> list[Sample]:
     """Questions about the kind of a sequence, of which the answer alone is learned."""
     samples: list[Sample] = []
-    for family, each in texts.items():
-        for text in each:
-            asked = [BOS, *byte_ids(f"{text[: length - 40]}\nWhich kind? ")]
-            answer = [*byte_ids(family), EOS]
-            samples.append({"input_ids": asked + answer, "labels": [IGNORED] * len(asked) + answer})
+    for family, text in learned():
+        asked, answer = [BOS, *byte_ids(f"{text[: length - 40]}\nWhich kind? ")], [*byte_ids(family), EOS]
+        samples.append({"input_ids": asked + answer, "labels": [IGNORED] * len(asked) + answer})
     return samples
 
 
@@ -136,20 +136,12 @@ def trace_families(
     """A run in OUT/traces/WAY/STAGE; what tracing took is added to `measured`."""
     path, device = options.out / "traces" / way / stage, next(model.parameters()).device
 
+    name = str(options.models[STAGES.index(stage)]) if options.models else f"small model, {stage}"
+    size = {"max_length": options.length, "batch_tokens": options.batch * options.length, "segment_tokens": SHARD}
+
     def traced() -> None:
         begin = time.perf_counter()
-        tracer = trace_texts(
-            model,
-            encode,
-            rows,
-            path,
-            pad=0,
-            max_length=options.length,
-            batch_tokens=options.batch * options.length,
-            segment_tokens=SHARD,
-            progress=True,
-            meta={"model": f"{options.models[STAGES.index(stage)] if options.models else 'small model'}, {stage}"},
-        )
+        tracer = trace_texts(model, encode, rows, path, progress=True, meta={"model": name}, **size)
         measured.seconds += time.perf_counter() - begin
         measured.tokens += tracer.tokens
 
@@ -170,7 +162,11 @@ def differentiation(runs: list[Run], options: argparse.Namespace, results: share
             line = rows.setdefault(row["layer"], {"layer": row["layer"]})
             line[run.name] = f"{row['corrected']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
             line[f"{run.name} floor"] = f"{row['noise']:.4f}"
-        gate.curve(axes, table[table["layer"] != "mean"], run.name, f"C{number}", "noise", shift=(number - 1) / 12)
+        table = table[table["layer"] != "mean"]
+        layers = table["layer"].astype(float) + (number - 1) / 12  # beside each other
+        ends = (table["corrected"] - table["low"], table["high"] - table["corrected"])
+        axes.errorbar(layers, table["corrected"], ends, color=f"C{number}", label=run.name, capsize=2)
+        axes.plot(layers, table["noise"], "--", color=f"C{number}", linewidth=1)
     axes.set(xlabel="layer", ylabel="divergence of families (nats)", ylim=(0, None), xticks=runs[0].layers)
     axes.legend(title="dashed: noise floor")
     results.table(
@@ -181,22 +177,6 @@ def differentiation(runs: list[Run], options: argparse.Namespace, results: share
     )
     caption = "Divergence of the families per layer and stage, corrected, with 95 % intervals; dashed: noise floors."
     results.picture(figure, "stages", caption)
-
-
-def decomposition(table: Any) -> list[dict[str, Any]]:
-    """Growth of expert differentiation by stage, and its shares."""
-    return [
-        {
-            "convention": row["convention"],
-            "stage": row["stage"][2:],
-            "before": f"{row['before']:.4f}",
-            "after": f"{row['after']:.4f}",
-            "growth": f"{row['corrected']:.4f}",
-            "interval": f"[{row['low']:.4f}, {row['high']:.4f}]",
-            "share of the two": f"{row['share_corrected']:.1%} [{row['share_low']:.1%}, {row['share_high']:.1%}]",
-        }
-        for row in table.to_dict("records")
-    ]
 
 
 def compare(traced: dict[str, list[Run]], measured: dict[str, Any], results: shared.Results) -> None:

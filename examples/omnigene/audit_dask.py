@@ -9,6 +9,8 @@ sums are those of one process. `Run.recount` takes any map over the files; Dask 
 """
 
 import argparse
+import importlib
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -70,16 +72,12 @@ def connect(options: argparse.Namespace) -> Any:
             threads_per_worker=1,
             processes=True,
             dashboard_address=None,
+            silence_logs=logging.ERROR,  # on a busy machine a worker that is to end is killed, with a warning
             local_directory=str(options.out / "dask"),
         )
         client = Client(cluster)
-    client.run(ready)
+    client.run(importlib.import_module, "omnigene_fast.tracing.run")  # so that its time is not the counting's
     return client
-
-
-def ready() -> None:
-    """Import what the counting needs, so that its time is not counted."""
-    import omnigene_fast.tracing.run  # noqa: F401
 
 
 def close(client: Any) -> None:

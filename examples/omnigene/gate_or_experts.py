@@ -51,14 +51,12 @@ def audit(model: Any, encode: Any, families: Run, options: argparse.Namespace, r
         " of sequences put together at random;\n  p: of js as far from that by chance. Tokens of a text are alike, so"
         f" that the true floors lie above these.\n\n  {beside_the_paper(table, pooled)}",
     )
-    figure, axes = shared.axes()
-    for number, name in enumerate((FAMILIES, WITHIN, OTHER, SAME, *SEQUENCES.values())):
-        one = table[(table["what"] == name) & (table["layer"] != "mean")]
-        curve(axes, one, name, f"C{number}", shift=(number - 2.5) / 15)
-    axes.set(xlabel="layer", ylabel="divergence of two texts less its floor (nats)", xticks=families.layers)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    results.picture(figure, "gate", "Divergence of single texts less the floor of chance, per layer, 95 % intervals.")
+    results.picture(
+        picture(table, pooled),
+        "gate",
+        "Divergence, mean over layers: grey, what chance gives at that number of tokens; coloured, the rest, with its"
+        " 95 % interval.",
+    )
     return table
 
 
@@ -168,10 +166,21 @@ def interval(line: Any) -> str:
     return f"{line['corrected']:.4f} [{line['low']:.4f}, {line['high']:.4f}]"
 
 
-def curve(axes: Any, table: pd.DataFrame, name: str, color: str, floor: str | None = None, shift: float = 0.0) -> None:
-    """Corrected divergence by layer with its intervals, and its floor dashed."""
-    layers = table["layer"].astype(float) + shift
-    ends = (table["corrected"] - table["low"], table["high"] - table["corrected"])
-    axes.errorbar(layers, table["corrected"], ends, color=color, label=name, marker="o", markersize=3, capsize=2)
-    if floor:
-        axes.plot(layers, table[floor], "--", color=color, linewidth=1)
+def picture(table: pd.DataFrame, pooled: pd.DataFrame) -> Any:
+    """A bar for each comparison, mean over the layers: the floor, and what is beyond it."""
+    mean = table[table["layer"] == "mean"].set_index("what")
+    lines = {"families, pooled": pooled[pooled["layer"] == "mean"].iloc[0]}
+    lines |= {name: mean.loc[name] for name in (FAMILIES, WITHIN, OTHER, SAME, *SEQUENCES.values())}
+    figure, axes = shared.axes(8.0, 3.6)
+    for place, line in enumerate(lines.values()):
+        beyond = line["js"] - line["floor"]
+        axes.barh(place, line["floor"], color="lightgrey", label=None if place else "floor: chance alone")
+        axes.barh(place, beyond, left=line["floor"], color="C0", label=None if place else "beyond the floor")
+        # The interval is that of the corrected value: moved to where the bar ends.
+        ends = [[line["corrected"] - line["low"]], [line["high"] - line["corrected"]]]
+        axes.errorbar(line["js"], place, xerr=ends, color="black", capsize=3)
+    axes.set_yticks(range(len(lines)), list(lines))
+    axes.invert_yaxis()
+    axes.set_xlabel("Jensen-Shannon divergence (nats)")
+    axes.legend()
+    return figure
