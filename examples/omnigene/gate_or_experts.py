@@ -47,9 +47,10 @@ def audit(model: Any, encode: Any, families: Run, options: argparse.Namespace, r
     results.table(
         f"does the gate decide the answer? {families.name}, Jensen-Shannon divergence in nats",
         rows(table, pooled, families.layers),
-        "js: mean over pairs; floor: what chance gives at that number of tokens; corrected: js - floor; re-paired: js"
-        " of sequences put together at random;\n  p: of js as far from that by chance. Tokens of a text are alike, so"
-        f" that the true floors lie above these.\n\n  {beside_the_paper(table, pooled)}",
+        "js: mean over pairs; floor: what chance gives at that number of tokens; corrected: js - floor, with its 95 %"
+        " interval;\n  re-paired: js of sequences put together at random; p: of js as far from that by chance. Tokens"
+        " of a text are alike, so\n  that the true floors lie above these. Pooled families: floor of permuted texts,"
+        f" corrected by the jackknife over them.\n\n  {beside_the_paper(table, pooled)}",
     )
     results.picture(
         picture(table, pooled),
@@ -150,12 +151,12 @@ def beside_the_paper(table: pd.DataFrame, pooled: pd.DataFrame) -> str:
     prompt, text = mean.loc[OTHER], mean.loc[FAMILIES]
     largest = table[(table["what"] == OTHER) & (table["layer"] != "mean")]["js"].max()
     family = pooled[pooled["layer"] == "mean"].iloc[0]
-    apart = prompt["corrected"]
+    apart, largely = prompt["corrected"], 1 - family["corrected"] / family["js"]
     return (
         f"The paper sets 0.04, the most by which one prompt differs from another in any layer, beside 0.23, the mean of"
         f" pooled families, 5.8 times as much.\n  Here they are {largest:.3f} and {family['js']:.3f},"
-        f" {family['js'] / largest:.1f} times as much; but chance alone gives {prompt['floor'] / prompt['js']:.0%} of"
-        f" what prompts differ by, and {family['floor'] / family['js']:.0%} of what families do.\n  Text against text,"
+        f" {family['js'] / largest:.1f} times as much; but chance alone gives {1 - apart / prompt['js']:.0%} of"
+        f" what prompts differ by, and {largely:.0%} of what families do.\n  Text against text,"
         f" less what chance gives: {apart:.4f} between prompts of different answers"
         f" ({mean.loc[SAME]['corrected']:.4f} of one answer) and {text['corrected']:.4f} between families, "
         + (f"{text['corrected'] / apart:.1f} times as much." if apart > 0 else "where prompts differ by chance alone.")
@@ -167,15 +168,15 @@ def interval(line: Any) -> str:
 
 
 def picture(table: pd.DataFrame, pooled: pd.DataFrame) -> Any:
-    """A bar for each comparison, mean over the layers: the floor, and what is beyond it."""
+    """A bar for each comparison, mean over the layers: what chance gives, and what is beyond it."""
     mean = table[table["layer"] == "mean"].set_index("what")
     lines = {"families, pooled": pooled[pooled["layer"] == "mean"].iloc[0]}
     lines |= {name: mean.loc[name] for name in (FAMILIES, WITHIN, OTHER, SAME, *SEQUENCES.values())}
     figure, axes = shared.axes(8.0, 3.6)
     for place, line in enumerate(lines.values()):
-        beyond = line["js"] - line["floor"]
-        axes.barh(place, line["floor"], color="lightgrey", label=None if place else "floor: chance alone")
-        axes.barh(place, beyond, left=line["floor"], color="C0", label=None if place else "beyond the floor")
+        chance = line["js"] - line["corrected"]
+        axes.barh(place, chance, color="lightgrey", label=None if place else "what chance gives")
+        axes.barh(place, line["corrected"], left=chance, color="C0", label=None if place else "beyond chance")
         # The interval is that of the corrected value: moved to where the bar ends.
         ends = [[line["corrected"] - line["low"]], [line["high"] - line["corrected"]]]
         axes.errorbar(line["js"], place, xerr=ends, color="black", capsize=3)
