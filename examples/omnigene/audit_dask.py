@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         close(client)
     check(run, counts, [there, again], options)
-    seconds = {"this process": alone - ready, f"Dask, {workers} workers": done - alone}
+    seconds = {"this process": alone - ready, f"Dask, workers: {workers}": done - alone}
     rows = [{"counted by": name, "files": len(run.segments), "seconds": taken} for name, taken in seconds.items()]
     results.table(f"{run.counts.sum():,} picks of {len(run.gathered)} documents, counted", rows, note(begin, ready))
     tokens = {segment.part.name: segment.tokens for segment in run.segments}
