@@ -155,12 +155,16 @@ def beside_the_paper(table: pd.DataFrame, pooled: pd.DataFrame) -> str:
     return (
         f"The paper sets 0.04, the most by which one prompt differs from another in any layer, beside 0.23, the mean of"
         f" pooled families, 5.8 times as much.\n  Here they are {largest:.3f} and {family['js']:.3f},"
-        f" {family['js'] / largest:.1f} times as much; but chance alone gives {1 - apart / prompt['js']:.0%} of"
+        f" {times(family['js'] / largest)} as much; but chance alone gives {1 - apart / prompt['js']:.0%} of"
         f" what prompts differ by, and {largely:.0%} of what families do.\n  Text against text,"
         f" less what chance gives: {apart:.4f} between prompts of different answers"
         f" ({mean.loc[SAME]['corrected']:.4f} of one answer) and {text['corrected']:.4f} between families, "
-        + (f"{text['corrected'] / apart:.1f} times as much." if apart > 0 else "where prompts differ by chance alone.")
+        + (f"{times(text['corrected'] / apart)} as much." if apart > 0 else "where prompts differ by chance alone.")
     )
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.0f} times" if ratio >= 10 else f"{ratio:.1f} times"
 
 
 def interval(line: Any) -> str:

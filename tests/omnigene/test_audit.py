@@ -136,7 +136,7 @@ def test_sequences_are_traced_where_they_stand_in_the_prompt(out, gate):
     for document, records in found.items():
         pair, prompt = chosen[document // 2], whole[document // 2]
         sequence = (pair.b if document % 2 else pair.a).sequence
-        assert bytes(records.token - BYTES).decode() == sequence
+        assert bytes((records.token - BYTES).astype(np.uint8)).decode() == sequence
         text = bytes(np.maximum(prompt.token[1:] - BYTES, 0).astype(np.uint8)).decode()
         assert text == f"### Sequence 1:\n{pair.a.sequence}\n\n### Sequence 2:\n{pair.b.sequence}\n\nHomologous? "
         start = 1 + (text.rindex(sequence) if document % 2 else text.index(sequence))
