@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for way, runs in traced.items():
             shared.switch(model, way)
             runs.append(trace_families(model, encoder(tokenizer), rows, stage, way, options, measured[way]))
+        if stage != STAGES[-1]:
+            del model  # there may not be room for two
     runs = traced[shared.ways(options)[-1]]
     differentiation(runs, options, results)
     results.table(
@@ -201,12 +203,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text-col", default="text", help="column with the text (default: text)")
     add("--label-col", default="task", help="column with the kind of sequence (default: task)")
     add("--length", type=int, help="tokens of a text (default: 1024 with --models, else 128)")
-    add("--texts", type=int, default=16, help="of each family that are audited (default: 16)")
+    add("--texts", type=int, default=16, help="of each family that are audited, 2 to 16 (default: 16)")
     add("--pairs", type=int, default=60, help="homology prompts of each answer (default: 60)")
     add("--steps", type=int, default=60, help="of each training of the small model (default: 60)")
     add("--permutations", type=int, default=1000, help="for noise floors and p-values (default: 1000)")
     options = parser.parse_args(argv)
     options.length = options.length or (1024 if options.models else 128)
+    if not 2 <= options.texts <= 50 - LEARNED or options.pairs < 4:
+        parser.error(f"expected --texts from 2 to {50 - LEARNED} and --pairs of at least 4")
     if options.models and options.model:
         parser.error("--model is the base of the small trainings; give it or --models")
     return options

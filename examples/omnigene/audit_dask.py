@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shared.start(options)
     run = omnigene_fast.open_trace(options.run) if options.run else small_run(options)
     results = shared.Results(options, "Counting with Dask", (__doc__ or "").split("\n\n")[1])
+    stored = run.counts  # those of the docs files
     begin = time.perf_counter()
     client = connect(options)
     try:
@@ -47,16 +48,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
     finally:
         close(client)
-    check(run, counts, [there, again], options)
+    equal = check(run, stored, [counts, there, again], options)
+    note = f"The workers took {ready - begin:.1f} s to start, which is not counted."
     seconds = {"this process": alone - ready, f"Dask, workers: {workers}": done - alone}
     rows = [{"counted by": name, "files": len(run.segments), "seconds": taken} for name, taken in seconds.items()]
-    results.table(f"{run.counts.sum():,} picks of {len(run.gathered)} documents, counted", rows, note(begin, ready))
+    results.table(f"{run.counts.sum():,} picks of {len(run.gathered)} documents, counted", rows, note)
     tokens = {segment.part.name: segment.tokens for segment in run.segments}
     rows = [
         {"worker": name, "files": len(files), "tokens": sum(tokens[file] for file in files)}
         for name, files in sorted(counted.items())
     ]
-    results.table("which worker counted what", rows, "Equal: all counts, and the divergence of the tasks from them.")
+    results.table("which worker counted what", rows, equal)
     results.save()
 
 
@@ -103,25 +105,19 @@ def noting(client: Any, counted: dict[str, list[str]]) -> Callable[[Any, Iterabl
     return spread
 
 
-def check(run: Run, counts: Any, others: Sequence[Any], options: argparse.Namespace) -> None:
-    """RuntimeError unless all counts, and the divergence of tasks that follows from them, are equal."""
-    for other in (run.counts, *others):
+def check(run: Run, counts: Any, others: Sequence[Any], options: argparse.Namespace) -> str:
+    """What was found equal; RuntimeError unless all counts, and the divergence that follows from them, are."""
+    for other in others:
         if not np.array_equal(counts, other):
             raise RuntimeError(f"{run.path}: expected equal counts, got other ones; `omnigene-fast verify` says more.")
     if options.by not in run.labels:
-        return
+        return "Equal: all counts."
     expected = analysis.divergence(run, options.by, permutations=20)
     again = omnigene_fast.open_trace(run.path)
     again.counts = others[0]  # where the measures find them
     if not analysis.divergence(again, options.by, permutations=20).equals(expected):
         raise RuntimeError(f"{run.path}: expected an equal divergence from equal counts.")
-
-
-def note(begin: float, ready: float) -> str:
-    """What the first table needs to be read."""
-    return (
-        f"Workers took {ready - begin:.1f} s to start; on one machine they pay off for runs of many millions of tokens."
-    )
+    return f"Equal: all counts, and the divergence by {options.by} from them."
 
 
 def small_run(options: argparse.Namespace) -> Run:

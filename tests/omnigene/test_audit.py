@@ -190,6 +190,7 @@ def test_equal_checkpoints_of_texts_of_ones_own(out, audit, tmp_path, capsys):
         ),
         (["--data", "none.jsonl"], ValueError, "data: expected a JSON-lines file"),
         (["--models", "a", "b", "c", "--model", "d"], SystemExit, "2"),
+        (["--texts", "17"], SystemExit, "2"),  # the others are learned
     ],
 )
 def test_bad_input_is_refused(audit, tmp_path, arguments, error, message):
