@@ -1,5 +1,4 @@
-"""The examples: stock and accelerated training coincide, adapters survive a file, the audit prints what the analysis
-finds, errors are sentences."""
+"""examples/train_lora.py: stock and accelerated training coincide, adapters survive a file, errors are sentences."""
 
 import importlib.util
 import json
@@ -19,7 +18,6 @@ from omnigene_fast.demo.training import IGNORED, Plan, Run, chunks, collate, tra
 from .helpers import gemma4, gemma4_conditional
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_lora.py"
-AUDIT = SCRIPT.with_name("audit_three_checkpoints.py")
 CPU = torch.device("cpu")
 SHORT = ["--steps", "3", "--batch", "2", "--length", "32", "--rank", "4", "--dtype", "float32", "--threads", "1"]
 
@@ -232,24 +230,3 @@ def test_load_of_the_experts_is_shown(script, options, capsys):
     assert len(rows) == 2
     for row in rows:
         assert 4 <= float(row[4]) <= 32  # effective experts: between K and E
-
-
-def test_audit_of_three_checkpoints(tmp_path):
-    import omnigene_fast
-
-    out = tmp_path / "audit"
-    more = ("--steps", "3", "--texts", "3", "--permutations", "50", "--threads", "1", "--out", str(out))
-    done = subprocess.run([sys.executable, str(AUDIT), *more], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == str(out / "report.html")
-    base, cpt, sft = (omnigene_fast.open_trace(out / stage) for stage in ("base", "cpt", "sft"))
-    table = omnigene_fast.analysis.decompose(base, cpt, sft, permutations=0)
-    shown = [row.split() for row in done.stdout.splitlines() if row.split()[:1] in (["divergence"], ["distance"])]
-    assert len(shown) == 4
-    for row, expected in zip(shown, table.to_dict("records"), strict=True):
-        assert row[1] == expected["stage"][2:]
-        assert float(row[4]) == pytest.approx(expected["corrected"], abs=6e-5)
-    again = subprocess.run([sys.executable, str(AUDIT), *more], capture_output=True, text=True, timeout=600)
-    assert again.returncode == 1
-    assert "--out: expected a directory that does not exist yet" in again.stderr
-    assert "Traceback" not in again.stderr

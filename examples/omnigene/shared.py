@@ -154,7 +154,8 @@ def ways(options: argparse.Namespace) -> tuple[str, ...]:
 
 def need(module: str, package: str | None = None) -> None:
     """ImportError with the command that installs `module`, if it is missing."""
-    if importlib.util.find_spec(module) is None:
+    package_of = module.partition(".")[0]  # find_spec raises where a dotted name's parent is missing
+    if importlib.util.find_spec(package_of) is None or importlib.util.find_spec(module) is None:
         raise ImportError(f"{module} is not installed; install it with: pip install {package or module}")
 
 

@@ -25,6 +25,7 @@ def pairwise(
     cross: int = 2000,
     seed: int = 0,
     base: str = "nats",
+    average: bool = False,
 ) -> "pandas.DataFrame":
     """Divergence of the two documents of each pair, beside that of single documents of different groups.
 
@@ -42,12 +43,14 @@ def pairwise(
         cross: at most so many pairs of documents of different groups, drawn at random from all documents with labels.
         seed: of all draws.
         base: "nats" or "bits".
+        average: add the rows of "mean", the mean over the layers; a document falls away from, and is re-paired in, all
+            layers at once.
 
     Returns:
-        a row per layer and kind: layer (decoder index), kind ("pair", "cross"), js (mean over pairs), floor, corrected
-        (js - floor), low, high (of corrected; "pair": over pairs, "cross": jackknife over documents, 95 %), repaired
-        (mean js of random pairs of the same group), p_value (of re-pairing, two-sided; NaN for "cross"), pairs, docs,
-        tokens (median of a document), unit.
+        a row per layer and kind: layer (decoder index, "mean"), kind ("pair", "cross"), js (mean over pairs), floor,
+        corrected (js - floor), low, high (of corrected; "pair": over pairs, "cross": jackknife over documents, 95 %),
+        repaired (mean js of random pairs of the same group), p_value (of re-pairing, two-sided; NaN for "cross"),
+        pairs, docs, tokens (median of a document), unit.
 
     Raises:
         ValueError: no such label, a pair without exactly two documents, or no pair.
@@ -69,8 +72,9 @@ def pairwise(
         if len(a):
             value, floor = _values(run, a, b), _floors(run, a, b, draw)
             tables.append(_table(run, "cross", value, floor, np.stack([a, b], 1), None, np.unique([a, b]), unit))
-    table = pd.concat(tables, ignore_index=True).assign(unit=base)
-    return table.sort_values(["layer", "kind"], ascending=[True, False], ignore_index=True)
+    table = pd.concat(tables).assign(unit=base)
+    table = table.sort_values(["place", "kind"], ascending=[True, False], ignore_index=True).drop(columns="place")
+    return table if average else table[table["layer"] != "mean"].reset_index(drop=True).astype({"layer": int})
 
 
 def _table(
@@ -83,9 +87,11 @@ def _table(
     docs: NDArray[np.int64],
     unit: float,
 ) -> "pandas.DataFrame":
-    """Rows of one kind; `members` [P, 2] are the units that a pair falls away with."""
+    """Rows of one kind, the mean over layers last; `members` [P, 2] are the units that a pair falls away with."""
     import pandas as pd
 
+    value, floor = (np.column_stack([each, each.mean(1)]) for each in (value, floor))
+    null = None if null is None else np.column_stack([null, null.mean(1)])
     excess = value - floor
     estimate = Jackknife(excess.mean(0))
     estimate.stratum(_deleted(excess, members))
@@ -95,7 +101,8 @@ def _table(
         tail = np.minimum(1, 2 * np.minimum(p_value(null, value.mean(0)), p_value(-null, -value.mean(0))))
     return pd.DataFrame(
         {
-            "layer": [int(layer) for layer in run.layers],
+            "place": [*(int(layer) for layer in run.layers), np.inf],
+            "layer": [*(int(layer) for layer in run.layers), "mean"],
             "kind": kind,
             "js": value.mean(0) * unit,
             "floor": floor.mean(0) * unit,

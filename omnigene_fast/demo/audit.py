@@ -17,7 +17,7 @@ def missing_packages() -> list[str]:
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
-def trace_families(model: Any, path: Path, texts: dict[str, list[str]], length: int, title: str) -> Run:
+def trace_families(model: Any, path: Path, texts: dict[str, list[str]], length: int, title: str, **options: Any) -> Run:
     """Trace the byte tokens of `texts` (family -> texts) through `model`; the families become the label "task".
 
     Args:
@@ -26,6 +26,7 @@ def trace_families(model: Any, path: Path, texts: dict[str, list[str]], length: 
         texts: family -> texts; documents are numbered in their order, so that runs of several models pair up.
         length: bytes of a text that are kept, with the BOS.
         title: the model's name in the run.
+        options: of `trace`.
     """
     rows = [(family, text) for family, each in texts.items() for text in each]
     trace_texts(
@@ -37,6 +38,7 @@ def trace_families(model: Any, path: Path, texts: dict[str, list[str]], length: 
         max_length=length,
         progress=True,
         meta={"model": title, "tokenizer": "bytes"},
+        **options,
     )
     return open_trace(path)
 

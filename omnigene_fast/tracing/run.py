@@ -1,10 +1,10 @@
 """Reading a run: documents and counts at once, tokens lazily, by SQL or in batches of bounded memory."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,9 @@ from .columns import blob_type, column, from_blob, opened_part, part_schema
 from .counting import count_picks
 from .documents import Documents, add_counts, gather, read_docs
 from .records import KINDS, Records
+
+Counted = tuple[NDArray[np.int64], NDArray[np.int32]]  # documents [d], their counts [d, L, E]
+Map = Callable[[Callable[[manifest.Segment], Counted], Sequence[manifest.Segment]], Iterable[Counted]]
 
 if TYPE_CHECKING:
     import duckdb
@@ -218,6 +221,30 @@ class Run:
                     total[position] += count_picks(ids, slot, 1, self.num_experts)[0, 0]
         return total
 
+    def recount(self, map: Map = map) -> NDArray[np.int32]:
+        """`counts` [D, L, E] once more, from the tokens and not taken from the docs files, one part file at a time.
+
+        Args:
+            map: applies a function to each part file, in any order, as the built-in one does in this thread; that of an
+                executor or of a cluster does it elsewhere: `ProcessPoolExecutor().map`, multiprocessing's `pool.imap`,
+                `dask.distributed.Client(address).get_executor().map`. There the run must be found under the same
+                absolute path, and omnigene_fast be installed. A row group is in a worker's memory at a time; the counts
+                of its file's documents come back.
+
+        Raises:
+            ValueError: no ids were recorded, a damaged file, tokens of a document that the docs files do not list.
+        """
+        self.check_kinds(("ids",))
+        known = self.gathered.doc_ids
+        total = np.zeros((len(known), len(self.layers), self.num_experts), np.int32)
+        count = partial(_count_documents, str(self.path.resolve()), self.meta)
+        for doc_ids, counts in map(count, self.segments):
+            missing = np.setdiff1d(doc_ids, known)
+            if len(missing):
+                raise ValueError(f"{self.path}: expected tokens of listed documents, got some of {missing[0]}.")
+            total[np.searchsorted(known, doc_ids)] += counts
+        return total
+
     def iter_documents(
         self, layers: Sequence[int] | None = None, kinds: Sequence[str] = ("ids",), where: str | None = None
     ) -> Iterator[tuple[dict[str, Any], Records]]:
@@ -247,3 +274,16 @@ class Run:
         from .verify import verify
 
         return verify(self, progress)
+
+
+def _count_documents(path: str, meta: dict[str, Any], segment: manifest.Segment) -> Counted:
+    """What `Run.recount` has its map do, maybe on another machine: the documents of a part file and their counts."""
+    run = Run(Path(path), meta, [segment])
+    with run.opened(segment) as parquet:
+        doc_ids = np.unique(parquet.read(columns=["doc_id"], use_threads=False)["doc_id"].to_numpy())
+        total = np.zeros((len(doc_ids), len(run.layers), run.num_experts), np.int32)
+        for group in range(parquet.num_row_groups):
+            records = run.read_group(parquet, group, None, ("ids",))
+            slot = np.searchsorted(doc_ids, records.doc)
+            total += count_picks(records.ids, slot, len(doc_ids), run.num_experts)
+    return doc_ids, total

@@ -48,6 +48,24 @@ def test_a_pair_of_equal_routing_is_at_the_floor_and_others_are_not():
     assert cross["low"] > 0.05
 
 
+def test_average_over_layers_goes_through_the_values_of_a_pair():
+    """The interval is that of each pair's mean: layers of one document vary together."""
+    rng = np.random.default_rng(11)
+    run = paired(rng, pairs=30)
+    twice = Memory(np.concatenate([run.counts, run.counts], 1), run.documents, run.top_k)
+    table = analysis.pairwise(twice, permutations=50, average=True)
+    assert table["layer"].tolist() == [0, 0, 1, 1, "mean", "mean"]
+    plain = analysis.pairwise(twice, permutations=50)
+    assert plain.equals(table[table["layer"] != "mean"].astype({"layer": int}))
+    for kind, rows in table.groupby("kind"):
+        first, mean = rows.iloc[0], rows.iloc[-1]
+        assert mean["js"] == pytest.approx(rows["js"][:-1].mean()), kind
+        assert mean["corrected"] == pytest.approx(rows["corrected"][:-1].mean())
+        wide = [row["high"] - row["low"] for row in (first, mean)]
+        assert wide[1] == pytest.approx(wide[0], rel=0.05)  # independent layers would give 0.71 of it
+    assert mean["repaired"] == pytest.approx(rows["repaired"][:-1].mean())
+
+
 def permuted_tokens(rng, experts, top_k, tokens, pairs):
     """Pairs of documents of one distribution, and their mean divergence when tokens are dealt out anew."""
     scores = rng.standard_normal(experts) + rng.gumbel(size=(pairs, 2 * tokens, experts))

@@ -49,3 +49,4 @@ def test_together_they_hold_what_one_process_would(run):
             model(tokens(2 * WORLD, 9, seed=step))
     assert run.counts.sum() == STEPS * 4 * 9 * 3 * TOP_K
     assert np.array_equal(run.counts.sum(0), tr.counts.sum(0))
+    assert np.array_equal(run.recount(), run.counts)  # the tokens say the same as the documents

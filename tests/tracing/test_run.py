@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import multiprocessing
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -444,6 +446,32 @@ def test_histogram_is_of_the_tokens(path):
     assert run.histogram().tolist() == wanted
     run.__dict__["counts"] = np.zeros_like(run.counts)
     assert run.histogram().tolist() == wanted
+
+
+def test_recount_is_of_the_tokens_with_any_map(path):
+    """Two writers, documents across files; executors, pools, and maps that finish in another order."""
+    with Writer(path, meta(LAYERS), record=ALL, segment_tokens=8, rank=1) as writer:
+        writer.add(records([9] * 9 + [2] * 3, [*range(9), *range(9, 12)]), {}, {})  # 2 goes on in the other one
+    run = write(path)
+    assert len(run.segments) > 3
+    wanted = run.counts
+    run.__dict__["counts"] = None
+    assert np.array_equal(run.recount(), wanted)
+    assert np.array_equal(run.recount().sum(0), run.histogram())
+    assert np.array_equal(run.recount(lambda count, files: [count(file) for file in reversed(files)]), wanted)
+    with ThreadPoolExecutor(2) as pool:
+        assert np.array_equal(run.recount(pool.map), wanted)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # nothing but what can be pickled, run elsewhere
+        assert np.array_equal(run.recount(pool.imap_unordered), wanted)
+
+
+def test_recount_wants_ids_of_listed_documents(path, tmp_path):
+    with pytest.raises(ValueError, match="kinds: expected some of those recorded"):
+        write(tmp_path / "other", record=()).recount()
+    run = write(path)
+    run.gathered.doc_ids[3] = 77
+    with pytest.raises(ValueError, match="expected tokens of listed documents, got some of 3"):
+        run.recount()
 
 
 def test_segments_join_where_they_were_cut(path, tmp_path):
