@@ -419,12 +419,12 @@ def shown(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def axes(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
-    """Figure and axes of matplotlib, drawn without a display."""
+def axes(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[Any, Any]:
+    """Figure and axes of matplotlib, drawn without a display; an array of axes if there are several columns."""
     need("matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
