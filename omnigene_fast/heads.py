@@ -199,7 +199,7 @@ class DualHead(nn.Module):
     Args:
         model: a language model of transformers, bare or in wrappers, accelerated or not.
         heads: on its hidden states.
-        weight: of the heads' loss; the language loss has the rest. OmniGene-4's is 0.5.
+        weight: of the heads' loss; the language loss has the rest, and with 1 it is not computed. OmniGene-4's is 0.5.
 
     Raises:
         ValueError: `weight` is not between 0 and 1.
@@ -220,17 +220,23 @@ class DualHead(nn.Module):
 
         Args:
             inputs: those of the model, `labels` among them, and `labels_<track>` [B, S] for every track of the heads.
+                With a weight of 1 `labels` are neither needed nor used, and there is no `language_loss`.
 
         Raises:
             TypeError: labels are missing.
         """
-        missing = {"labels", *(f"labels_{track}" for track in self.heads.tracks)} - inputs.keys()
-        if missing:
+        alone = self.weight == 1
+        needed = {f"labels_{track}" for track in self.heads.tracks} | (set() if alone else {"labels"})
+        if missing := needed - inputs.keys():
             raise TypeError(f"inputs: expected labels of the language loss and of every track, got no {min(missing)}.")
         labels = {track: inputs.pop(f"labels_{track}") for track in self.heads.tracks}
+        if alone:
+            inputs = {name: value for name, value in inputs.items() if name != "labels"} | {"logits_to_keep": 1}
         with last_hidden_state(self.model) as hidden:
             language = self.model(**inputs).loss
         residue = self.heads.loss(hidden(), labels)
+        if alone:
+            return {"loss": residue, "residue_loss": residue.detach()}
         loss = (1 - self.weight) * language + self.weight * residue.to(language.device)
         return {"loss": loss, "language_loss": language.detach(), "residue_loss": residue.detach()}
 

@@ -362,6 +362,19 @@ def accuracy(right: Iterable[bool]) -> dict[str, Any]:
     return {"accuracy": sum(each) / len(each), "low": interval.low, "high": interval.high, "n": len(each)}
 
 
+def clustered(values: Any, groups: Any) -> tuple[float, float, float]:
+    """Mean of values [N] with its 95 % interval where groups [N] of ids from 0 are drawn as wholes.
+
+    The mean is a ratio, sum over size, linearised; its error comes from the groups' totals alone, so that values may
+    depend on each other inside a group.
+    """
+    values, groups = torch.as_tensor(values, dtype=torch.float64), torch.as_tensor(groups)
+    mean = values.mean()
+    totals = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups, values - mean)
+    margin = 1.96 * (len(totals) / max(1, len(totals) - 1) * totals.square().sum()).sqrt() / len(values)
+    return mean.item(), (mean - margin).item(), (mean + margin).item()
+
+
 def auc(positive: Sequence[float], negative: Sequence[float]) -> dict[str, float]:
     """Area under the ROC curve, ties counted half, with its 95 % interval (DeLong 1988; NaN if nothing varies)."""
     above = torch.tensor(positive, dtype=torch.float64)[:, None]
