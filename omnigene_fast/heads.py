@@ -261,7 +261,7 @@ def last_hidden_state(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
     with a fused loss (liger-kernel's) that never calls the output layer.
 
     Args:
-        model: a language model of transformers, bare, in PEFT, DDP or FSDP, accelerated, checkpointed.
+        model: a language model of transformers, bare, in PEFT, DDP, FSDP or torch.compile, accelerated, checkpointed.
 
     Raises:
         ValueError: `model` holds no model of transformers.
@@ -280,7 +280,7 @@ def last_hidden_state(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
         if not kept:
             raise RuntimeError(
                 f"last_hidden_state: expected a call of the model in the block, its {type(decoder).__name__} was not"
-                " called; call the model itself, compiled neither as a whole nor in a loss that replaces it."
+                " called; call the model that was given, not a copy or another adapter's."
             )
         state, shape = kept[0]
         if state.shape[:2] != shape:

@@ -48,20 +48,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained, tested = shared.split_domains("train"), shared.split_domains("test")[: options.limit]
     answered = [sample(domain, tokenizer, list(CUES)[n % 2]) for n, domain in enumerate(trained)]
     bare, test = ([sample(domain, tokenizer) for domain in some] for some in (trained, tested))
-    batches = [
-        collate(test[at : at + options.batch], tokenizer.pad_token_id) for at in range(0, len(test), options.batch)
-    ]
+    size, pad = options.batch, tokenizer.pad_token_id
+    batches = [collate(test[at : at + size], pad) for at in range(0, len(test), size)]
     results = shared.Results(options, "Structure of every residue, from sequence", (__doc__ or "").split("\n\n")[2])
 
-    alone = build(path, options, ways[-1], weight=1)
-    alone.model.requires_grad_(False)  # a control: what can be read from a model that has not learned it
-    fit(alone, bare, options, tokenizer.pad_token_id, "heads alone")
+    # A control: what can be read from a model that has not learned it. Every model is let go before the next is made.
+    alone, _ = fit(path, bare, options, pad, ways[-1], alone=True)
     heads = {"heads, model as it was": joined([predicted(alone, batch) for batch in batches])}
+    alone = None
     runs: dict[str, Run] = {}
     apart: dict[str, Classes] = {}
     for way in ways:
-        dual = build(path, options, way)
-        runs[way] = fit(dual, answered, options, tokenizer.pad_token_id, way)
+        dual = None
+        dual, runs[way] = fit(path, answered, options, pad, way)
         if options.compare:
             apart[way] = joined([predicted(dual, batch) for batch in batches])
     dual.heads.save(options.out / "heads.safetensors")
@@ -71,10 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     same = {way: joined(each.values) for way, each in made.items()}
     heads["heads and LoRA"] = same[ways[-1]]
 
-    for track, name in (("3di", "3Di"), ("dssp", "DSSP")):
+    figure, panels = shared.axes(11.5, 5.4, columns=2)
+    for (track, letters), name, axis in zip(TRACKS.items(), ("3Di", "DSSP"), panels, strict=True):
         rows = scores(track, trained, tested, {who: each[track] for who, each in heads.items()})
         results.table(f"{name} of {len(tested)} domains, {sum(len(d.sequence) for d in tested):,} residues", rows, NOTE)
-    results.picture(picture(tested, same[ways[-1]]), "dual_head", "Where the residues of each class go.")
+        counts = shared.confusion(classes(tested, track), same[ways[-1]][track], len(letters), len(letters))
+        shared.draw_confusion(axis, counts, letters, f"{name}: of each true class, % predicted as")
+    results.picture(figure, "dual_head", "Heads and LoRA: where the residues of each class go, the commonest first.")
     ends = [{"first loss": run.losses[0], "last loss": run.losses[-1]} for run in runs.values()]
     rows = [row | each for row, each in zip(shared.side_by_side(runs), ends, strict=True)]
     results.table("Training", rows, differences(runs, same, apart) if options.compare else "")
@@ -108,25 +110,26 @@ def residue(letter: str, tokenizer: Any) -> int:
     return int(ids[0])
 
 
-def build(path: Path, options: argparse.Namespace, way: str, weight: float = 0.5) -> DualHead:
-    """The checkpoint with the LoRA of train_lora.py, and new heads; the same weights for the same seed."""
+def fit(
+    path: Path, samples: list[Sample], options: argparse.Namespace, pad: int, way: str, alone: bool = False
+) -> tuple[DualHead, Run]:
+    """New heads on the checkpoint, trained with the LoRA of train_lora.py, or `alone` on the frozen model.
+
+    The same weights for the same seed.
+    """
     config = AutoConfig.from_pretrained(path)
     dtype = options.dtype if options.dtype != "auto" else str(config.dtype or torch.float32).removeprefix("torch.")
     recipe = {"model": path, "dtype": dtype, "seed": options.seed, "rank": options.rank, "alpha": 2 * options.rank}
     recipe |= {"expert_lora": False, "experts": "frozen", "save": "preactivation"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = train_lora.build_model(argparse.Namespace(**recipe), device, accelerated=way == ACCELERATED)
-    return DualHead(model, ResidueHeads(config.get_text_config().hidden_size, device=device), weight)
-
-
-def fit(dual: DualHead, samples: list[Sample], options: argparse.Namespace, pad: int, title: str) -> Run:
-    """Train what requires a gradient."""
-    bf16 = dual.model.dtype == torch.bfloat16
-    liger = train_lora.fused_loss(dual.model, dual.model.device)
+    if alone:
+        model.requires_grad_(False)
+    dual = DualHead(model, ResidueHeads(config.get_text_config().hidden_size, device=device), 1 if alone else 0.5)
+    bf16, liger = dtype == "bfloat16", train_lora.fused_loss(model, device)
     plan = Plan(options.steps, options.batch, learning_rate=options.lr, bf16=bf16, liger=liger, seed=options.seed)
-    run = train(dual, samples, plan, pad=pad, title=title)
-    dual.eval()
-    return run
+    run = train(dual, samples, plan, pad=pad, title="heads alone" if alone else way)
+    return dual.eval(), run
 
 
 @torch.no_grad()
@@ -156,16 +159,18 @@ def scores(track: str, trained: Sequence[Domain], tested: Sequence[Domain], head
     before, truth, letters = classes(trained, track), classes(tested, track), TRACKS[track]
     share = np.bincount(before, minlength=len(letters)) / len(before)
     acids = [np.array([AMINO_ACIDS.index(x) for one in some for x in one.sequence]) for some in (trained, tested)]
-    table = np.zeros((len(AMINO_ACIDS), len(letters))) + share  # an amino acid never seen gets the commonest class
-    np.add.at(table, (acids[0], before), 1)
-    lookup = table.argmax(1)[acids[1]]
+    table = shared.confusion(acids[0], before, len(AMINO_ACIDS), len(letters))
+    lookup = (table + share).argmax(1)[acids[1]]  # an amino acid never seen gets the commonest class
     groups = np.unique([domain.superfamily for domain in tested for _ in domain.sequence], return_inverse=True)[1]
 
     def row(name: str, right: np.ndarray, guess: np.ndarray | None = None) -> dict[str, Any]:
         made = {"": name} | dict(zip(("accuracy", "low", "high"), shared.clustered(right, groups), strict=True))
         if guess is not None:
+            counts = shared.confusion(truth, guess, len(letters), len(letters))
+            f1 = 2 * counts.diagonal() / (counts.sum(0) + counts.sum(1)).clip(min=1)
             gain = shared.clustered(right.astype(float) - (lookup == truth), groups)
-            made |= {"macro F1": macro_f1(guess, truth), "gain": "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)}
+            made["macro F1"] = f1[np.unique(truth)].mean().item()  # over the classes that occur
+            made["gain"] = "" if guess is lookup else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)
         return made
 
     named = {f"commonest class, {letters[share.argmax()]}": np.full_like(truth, share.argmax())}
@@ -176,34 +181,9 @@ def scores(track: str, trained: Sequence[Domain], tested: Sequence[Domain], head
     return [chance, *(row(name, guess == truth, guess) for name, guess in named.items()), elsewhere]
 
 
-def macro_f1(guess: np.ndarray, truth: np.ndarray) -> float:
-    """Mean of the F1 scores of the classes that occur."""
-    f1 = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum()) for c in set(truth)]
-    return float(np.mean(f1))
-
-
-def picture(tested: Sequence[Domain], guess: Classes) -> Any:
-    """Confusion matrices, the commonest class first."""
-    figure, axes = shared.axes(11.5, 5.4, columns=2)
-    for axis, (track, letters), name in zip(axes, TRACKS.items(), ("3Di", "DSSP"), strict=True):
-        counts = np.zeros((len(letters), len(letters)))
-        np.add.at(counts, (classes(tested, track), guess[track]), 1)
-        order = np.argsort(-counts.sum(1), kind="stable")
-        percent = (100 * counts / counts.sum(1, keepdims=True).clip(min=1))[order][:, order]
-        axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-        for (y, x), value in np.ndenumerate(percent):
-            if value >= 9.5:
-                axis.text(x, y, f"{value:.0f}", ha="center", va="center", size=8, color="w" if value > 50 else "k")
-        axis.set(xlabel="predicted", ylabel="true", title=f"{name}: of each true class, % predicted as")
-        axis.set_xticks(range(len(letters)), [letters[n] for n in order])
-        axis.set_yticks(range(len(letters)), [letters[n] for n in order])
-    return figure
-
-
 def differences(runs: dict[str, Run], same: dict[str, Classes], apart: dict[str, Classes]) -> str:
     """How far the ways are apart."""
-    pairs = zip(runs[STOCK].losses, runs[ACCELERATED].losses, strict=True)
-    each = [abs(ours - stock) / stock for stock, ours in pairs]
+    each = [abs(a - b) / a for a, b in zip(runs[STOCK].losses, runs[ACCELERATED].losses, strict=True)]
     differ = [sum(int((ways[STOCK][t] != ways[ACCELERATED][t]).sum()) for t in TRACKS) for ways in (same, apart)]
     return (
         f"Losses: largest relative difference {max(each[:10]):.1e} in the first ten steps, {max(each):.1e} in all. Of"

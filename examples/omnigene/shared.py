@@ -375,6 +375,27 @@ def clustered(values: Any, groups: Any) -> tuple[float, float, float]:
     return mean.item(), (mean - margin).item(), (mean + margin).item()
 
 
+def confusion(true: Any, predicted: Any, rows: int, columns: int) -> Any:
+    """How often class `true` [N] met class `predicted` [N], as a numpy array [rows, columns]."""
+    import numpy
+
+    return numpy.bincount(true * columns + predicted, minlength=rows * columns).reshape(rows, columns)
+
+
+def draw_confusion(axis: Any, counts: Any, names: Sequence[str], title: str) -> None:
+    """A confusion matrix [classes, classes] as percentages of its rows, the commonest class first."""
+    order = (-counts.sum(1)).argsort(kind="stable")
+    percent = (100 * counts / counts.sum(1, keepdims=True).clip(min=1))[order][:, order]
+    axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for y, row in enumerate(percent):
+        for x, value in enumerate(row):
+            if value >= 9.5:
+                axis.text(x, y, f"{value:.0f}", ha="center", va="center", size=8, color="w" if value > 50 else "k")
+    axis.set(xlabel="predicted", ylabel="true", title=title)
+    axis.set_xticks(range(len(names)), [names[n] for n in order])
+    axis.set_yticks(range(len(names)), [names[n] for n in order])
+
+
 def auc(positive: Sequence[float], negative: Sequence[float]) -> dict[str, float]:
     """Area under the ROC curve, ties counted half, with its 95 % interval (DeLong 1988; NaN if nothing varies)."""
     above = torch.tensor(positive, dtype=torch.float64)[:, None]
