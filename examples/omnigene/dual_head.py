@@ -30,10 +30,7 @@ from omnigene_fast.heads import TRACKS, DualHead, ResidueHeads, last_hidden_stat
 PROMPT, CUES = "### Protein:\n", {"3di": "\n\n### 3Di:\n", "dssp": "\n\n### DSSP:\n"}
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 LONGEST = 200  # residues of a domain in the data, at most
-NOTE = (
-    "low, high: 95 %, superfamilies as the unit. gain: accuracy beyond the lookup, on the same residues. The model is"
-    " causal: a residue's hidden state knows what is before it, nothing behind it."
-)
+NOTE = "low, high: 95 %, superfamilies as the unit. gain: beyond the lookup. A residue sees what is before it, no more."
 
 Classes = dict[str, np.ndarray]  # track -> class of every residue, domain after domain
 
@@ -113,10 +110,7 @@ def residue(letter: str, tokenizer: Any) -> int:
 def fit(
     path: Path, samples: list[Sample], options: argparse.Namespace, pad: int, way: str, alone: bool = False
 ) -> tuple[DualHead, Run]:
-    """New heads on the checkpoint, trained with the LoRA of train_lora.py, or `alone` on the frozen model.
-
-    The same weights for the same seed.
-    """
+    """New heads on the checkpoint, trained with the LoRA of train_lora.py, or `alone` on the frozen model."""
     config = AutoConfig.from_pretrained(path)
     dtype = options.dtype if options.dtype != "auto" else str(config.dtype or torch.float32).removeprefix("torch.")
     recipe = {"model": path, "dtype": dtype, "seed": options.seed, "rank": options.rank, "alpha": 2 * options.rank}
@@ -138,10 +132,8 @@ def predicted(dual: DualHead, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     inputs = {name: batch[name].to(dual.model.device) for name in ("input_ids", "attention_mask")}
     with last_hidden_state(dual.model) as hidden:
         dual.model(**inputs, logits_to_keep=1, use_cache=False)
-    return {
-        track: logits.argmax(-1).cpu()[batch[f"labels_{track}"] != IGNORED]
-        for track, logits in dual.heads(hidden()).items()
-    }
+    logits = dual.heads(hidden())
+    return {track: logits[track].argmax(-1).cpu()[batch[f"labels_{track}"] != IGNORED] for track in TRACKS}
 
 
 def joined(batches: Sequence[dict[str, Tensor]]) -> Classes:
