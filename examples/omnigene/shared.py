@@ -363,6 +363,40 @@ def accuracy(right: Iterable[bool]) -> dict[str, Any]:
     return {"accuracy": sum(each) / len(each), "low": interval.low, "high": interval.high, "n": len(each)}
 
 
+def clustered(values: Any, groups: Any) -> tuple[float, float, float]:
+    """Mean of values [N] with its 95 % interval where groups [N] of ids from 0 are drawn as wholes.
+
+    The mean is a ratio, sum over size, linearised; its error comes from the groups' totals alone, so that values may
+    depend on each other inside a group.
+    """
+    values, groups = torch.as_tensor(values, dtype=torch.float64), torch.as_tensor(groups)
+    mean = values.mean()
+    totals = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups, values - mean)
+    margin = 1.96 * (len(totals) / max(1, len(totals) - 1) * totals.square().sum()).sqrt() / len(values)
+    return mean.item(), (mean - margin).item(), (mean + margin).item()
+
+
+def confusion(true: Any, predicted: Any, rows: int, columns: int) -> Any:
+    """How often class `true` [N] met class `predicted` [N], as a numpy array [rows, columns]."""
+    import numpy
+
+    return numpy.bincount(true * columns + predicted, minlength=rows * columns).reshape(rows, columns)
+
+
+def draw_confusion(axis: Any, counts: Any, names: Sequence[str], title: str) -> None:
+    """A confusion matrix [classes, classes] as percentages of its rows, the commonest class first."""
+    order = (-counts.sum(1)).argsort(kind="stable")
+    percent = (100 * counts / counts.sum(1, keepdims=True).clip(min=1))[order][:, order]
+    axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for y, row in enumerate(percent):
+        for x, value in enumerate(row):
+            if value >= 9.5:
+                axis.text(x, y, f"{value:.0f}", ha="center", va="center", size=8, color="w" if value > 50 else "k")
+    axis.set(xlabel="predicted", ylabel="true", title=title)
+    axis.set_xticks(range(len(names)), [names[n] for n in order])
+    axis.set_yticks(range(len(names)), [names[n] for n in order])
+
+
 def auc(positive: Sequence[float], negative: Sequence[float]) -> dict[str, float]:
     """Area under the ROC curve, ties counted half, with its 95 % interval (DeLong 1988; NaN if nothing varies)."""
     above = torch.tensor(positive, dtype=torch.float64)[:, None]
@@ -420,12 +454,12 @@ def shown(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def axes(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
-    """Figure and axes of matplotlib, drawn without a display."""
+def axes(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[Any, Any]:
+    """Figure and axes of matplotlib, drawn without a display; an array of axes if there are several columns."""
     need("matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")

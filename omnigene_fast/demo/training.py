@@ -21,7 +21,7 @@ from omnigene_fast.bench.memory import peak_bytes
 IGNORED = -100  # the label of a token that is not learned
 WARM_UP = 5  # steps of a rising learning rate
 
-Sample = dict[str, list[int]]  # input_ids and labels, equally long
+Sample = dict[str, list[int]]  # input_ids, labels and any further labels, equally long
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,15 @@ def chunks(ids: list[int], length: int) -> list[Sample]:
 
 
 def collate(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
-    """Samples as one batch, padded on the right."""
+    """Samples as one batch, padded on the right; whatever they have besides input_ids are labels."""
     longest = max(len(sample["input_ids"]) for sample in samples)
 
     def padded(key: str, value: int) -> Tensor:
         return torch.tensor([sample[key] + [value] * (longest - len(sample[key])) for sample in samples])
 
     mask = torch.tensor([[1] * len(each["input_ids"]) + [0] * (longest - len(each["input_ids"])) for each in samples])
-    return {"input_ids": padded("input_ids", pad), "attention_mask": mask, "labels": padded("labels", IGNORED)}
+    labels = {key: padded(key, IGNORED) for key in samples[0] if key != "input_ids"}
+    return {"input_ids": padded("input_ids", pad), "attention_mask": mask, **labels}
 
 
 def train(
