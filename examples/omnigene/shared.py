@@ -152,6 +152,13 @@ def ways(options: argparse.Namespace) -> tuple[str, ...]:
     return (STOCK, ACCELERATED) if options.compare else (STOCK,) if options.stock else (ACCELERATED,)
 
 
+def tuning(made: argparse.ArgumentParser, steps: int) -> None:
+    """Add the options of `tuned`; `steps` is what the small model gets by default."""
+    made.add_argument("--steps", type=int, help=f"training steps before (default: {steps}; with --model none)")
+    made.add_argument("--lr", type=float, help="learning rate (default: 2e-4; 2e-3 for the small model)")
+    made.set_defaults(small_steps=steps)
+
+
 def need(module: str, package: str | None = None) -> None:
     """ImportError with the command that installs `module`, if it is missing."""
     if importlib.util.find_spec(module) is None:
@@ -190,15 +197,23 @@ def checkpoint(options: argparse.Namespace) -> Path:
 def load(options: argparse.Namespace, path: Path | None = None) -> tuple[Any, Any]:
     """The stock model of `path` (default: `checkpoint(options)`) in eval mode on the GPU, if there is one, and its
     tokenizer, which pads on the left."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     path = checkpoint(options) if path is None else path
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(path)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint, which pads on the left."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def save(model: Any, tokenizer: Any, path: Path) -> None:
@@ -238,13 +253,18 @@ def prompt_batches(
     tokenizer: Any, questions: Sequence[Question], size: int, device: torch.device
 ) -> list[tuple[list[int], dict[str, Tensor]]]:
     """Questions as batches, longest first, padded on the left: (numbers of the questions, the model's inputs)."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = [begin + tokenizer(q.prompt, add_special_tokens=False)["input_ids"] for q in questions]
+    ids = [prompt_ids(tokenizer, question.prompt) for question in questions]
     order = sorted(range(len(ids)), key=lambda n: -len(ids[n]))
     return [
         (numbers, padded([ids[n] for n in numbers], tokenizer.pad_token_id, device))
         for numbers in (order[at : at + size] for at in range(0, len(order), size))
     ]
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids behind the begin-of-sequence token, where the tokenizer has one."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
@@ -286,6 +306,124 @@ def generated(model: Any, tokenizer: Any, inputs: dict[str, Tensor], tokens: int
             pad_token_id=tokenizer.pad_token_id,
         )
     return tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def tuned(options: argparse.Namespace, questions: Sequence[Question], results: "Results") -> tuple[Any, Any]:
+    """The model and the tokenizer of `load`, after --steps steps of LoRA on the answers to `questions`.
+
+    The recipe is that of train_lora, its adapters merged at the end. With --compare two models are trained from the
+    same seeds; their losses go into a table, and the accelerated one is returned.
+    """
+    steps = options.steps if options.steps is not None else 0 if options.model else options.small_steps
+    if steps <= 0:
+        return load(options)
+    need("peft")
+    import train_lora
+    from transformers import AutoConfig
+
+    from omnigene_fast.demo.training import IGNORED, Plan, train
+
+    path = checkpoint(options)
+    tokenizer = load_tokenizer(path)
+    samples = []
+    for question in questions:
+        prompt = prompt_ids(tokenizer, question.prompt)
+        answer = [*tokenizer(question.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        samples.append({"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer})
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = str(AutoConfig.from_pretrained(path).get_text_config().dtype or torch.float32).removeprefix("torch.")
+    recipe = argparse.Namespace(
+        model=path, dtype=dtype, seed=options.seed, rank=64, alpha=128, expert_lora=False, save="preactivation"
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runs: dict[str, Any] = {}
+    model = None
+    for way in ways(options):
+        model = None  # the one before goes first: two of them need not fit
+        model = train_lora.build_model(recipe, device, accelerated=way == ACCELERATED)
+        plan = Plan(
+            steps=steps,
+            batch=options.batch,
+            learning_rate=options.lr or (2e-4 if options.model else 2e-3),
+            bf16=dtype == "bfloat16",
+            liger=train_lora.fused_loss(model, device),
+            seed=options.seed,
+        )
+        runs[way] = train(model, samples, plan, pad=tokenizer.pad_token_id, title=f"training, {way}")
+    results.table(
+        "Training on the answers",
+        [{**row, "last loss": runs[row["way"]].losses[-1]} for row in side_by_side(runs)],
+        f"{len(samples)} questions, {steps} steps of {options.batch}; the loss is that of the answer's tokens alone."
+        + loss_differences(runs),
+    )
+    return switch(model, STOCK).merge_and_unload().eval(), tokenizer
+
+
+def loss_differences(runs: dict[str, Any]) -> str:
+    """How far the losses of two ways are apart, as a sentence; nothing where there is one way."""
+    if len(runs) < 2:
+        return ""
+    both = zip(runs[STOCK].losses, runs[ACCELERATED].losses, strict=True)
+    apart = [abs(ours - stock) / max(abs(stock), 1e-12) for stock, ours in both]
+    return (
+        f" Losses differ by at most {max(apart[:10]):.1e} in the first ten steps, {max(apart):.1e} in all (relative)."
+    )
+
+
+def asked(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    words: tuple[str, str],
+    options: argparse.Namespace,
+    results: "Results",
+) -> tuple[list[float], float]:
+    """The margin of the first of two answers over the second for every question, and the seconds that it took.
+
+    The margins come from one prefill a batch. Tables show the ways side by side, and what `generate` says and takes.
+    """
+    first = first_tokens(tokenizer, words)
+    batches = prompt_batches(tokenizer, questions, options.batch, next(model.parameters()).device)
+    order = [number for numbers, _ in batches for number in numbers]
+
+    def tokens(batch: Any) -> int:
+        return int(batch[1]["attention_mask"].sum())
+
+    made = each_way(model, options, batches, lambda batch: margins(model, batch[1], first), tokens)
+    found = {
+        way: torch.empty(len(order)).index_copy(0, torch.tensor(order), torch.cat(one.values))
+        for way, one in made.items()
+    }
+    note = ""
+    if len(found) == 2:
+        same = int(((found[STOCK] > 0) == (found[ACCELERATED] > 0)).sum())
+        apart = (found[STOCK] - found[ACCELERATED]).abs().max().item()
+        largest = found[STOCK].abs().max().item()
+        note = f"Answers equal: {same} of {len(order)}; margins up to {largest:.3g} differ by at most {apart:.1e}."
+    results.table(f"{len(order)} questions, one prefill each", side_by_side(made), note)
+
+    way, prefill = list(made.items())[-1]
+    longest = 1 + max(len(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words)
+    alone = argparse.Namespace(**{**vars(options), "compare": False})
+    said = each_way(model, alone, batches, lambda batch: generated(model, tokenizer, batch[1], longest), tokens)[way]
+    texts = dict(zip(order, [text.strip() for batch in said.values for text in batch], strict=True))
+    valid = [number for number, text in texts.items() if text.startswith(words)]
+    agree = sum(texts[number].startswith(words[found[way][number].item() <= 0]) for number in valid)
+    results.table(
+        "One prefill against generate",
+        [
+            {"answers by": "one prefill", "seconds": prefill.seconds, "valid": f"{len(order)} of {len(order)}"},
+            {
+                "answers by": f"generate, {longest} tokens",
+                "seconds": said.seconds,
+                "valid": f"{len(valid)} of {len(order)}",
+                "as the prefill": f"{agree} of {len(valid)}",
+            },
+        ],
+        f"Valid: the text begins with {words[0]!r} or {words[1]!r}. Both {way}, in batches of {options.batch}.",
+    )
+    return found[way].tolist(), prefill.seconds
 
 
 @dataclass
@@ -370,7 +508,7 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> dict[str, float
     value = wins.mean().item()
     spread = wins.mean(1).var().item() / len(positive) + wins.mean(0).var().item() / len(negative)
     margin = 1.96 * math.sqrt(spread) if spread > 0 else math.nan
-    return {"auc": value, "auc low": max(0.0, value - margin), "auc high": min(1.0, value + margin)}
+    return {"auc": value, "auc low": max(value - margin, 0.0), "auc high": min(value + margin, 1.0)}
 
 
 class Results:
@@ -419,12 +557,12 @@ def shown(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def axes(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
-    """Figure and axes of matplotlib, drawn without a display."""
+def axes(width: float = 7.0, height: float = 4.2, columns: int = 1) -> tuple[Any, Any]:
+    """Figure and axes of matplotlib, drawn without a display; an array of axes for more than one column."""
     need("matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")

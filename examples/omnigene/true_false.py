@@ -15,7 +15,7 @@ MASK = "[...]"
 
 
 def terms(part: str) -> dict[str, list[str]]:
-    """The Gene Ontology terms of "train" or "test" by name: the first sentence of the definition, and the rest if any."""
+    """Gene Ontology terms of "train" or "test": the name, and the definition's first sentence and the rest, if any."""
     made = {}
     for text in load_texts(10**6)["text_biology"]:
         name, definition = text.split(". ", 1)
