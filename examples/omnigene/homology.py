@@ -120,20 +120,21 @@ def table(pairs: Sequence[Pair], method: str, scores: Scores, cut: float, rule: 
 
 def picture(pairs: Sequence[Pair], curves: dict[str, Scores], results: shared.Results) -> None:
     """ROC curves of the test pairs, one panel a level."""
-    figure, panels = shared.axes(10.5, 4.8, columns=2)
+    figure, panels = shared.axes(10.5, 6.2, columns=2)
     colours = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"]
     for panel, level in zip(panels, LEVELS, strict=True):
-        for (method, scores), colour in zip(curves.items(), colours, strict=False):
+        for at, (method, scores) in enumerate(curves.items()):
             positive, negative = sides(pairs, scores, level)
             cuts = sorted({*positive, *negative}, reverse=True)
             x, y = ([0.0, *(sum(s >= c for s in side) / len(side) for c in cuts)] for side in (negative, positive))
             found = shared.auc(positive, negative)
             interval = f" ({found['auc low']:.2f} to {found['auc high']:.2f})" if found["auc low"] >= 0 else ""
-            panel.plot(x, y, color=colour, lw=1.8, label=f"{method}: {found['auc']:.3f}{interval}")
+            # Thinner and thinner, so that a curve that lies on another hides nothing.
+            panel.plot(x, y, color=colours[at], lw=6 - 1.2 * at, label=f"{method}: {found['auc']:.3f}{interval}")
         panel.plot([0, 1], [0, 1], color="grey", lw=1, ls=":", label="chance: 0.5")
         panel.set(xlabel="false positives (share)", ylabel="true positives (share)", title=f"{level} pairs")
         panel.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-        panel.legend(loc="lower right", fontsize=7, title="area under the curve (95 %)", title_fontsize=7)
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), title="area under the curve (95 %)", fontsize=9)
     results.picture(figure, "homology", "ROC curves of the test pairs; straight pieces join pairs of equal score.")
 
 
