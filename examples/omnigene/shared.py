@@ -155,7 +155,7 @@ def ways(options: argparse.Namespace) -> tuple[str, ...]:
 def tuning(made: argparse.ArgumentParser, steps: int) -> None:
     """Add the options of `tuned`; `steps` is what the small model gets by default."""
     made.add_argument("--steps", type=int, help=f"training steps before (default: {steps}; with --model none)")
-    made.add_argument("--lr", type=float, help="learning rate (default: 2e-4; 2e-3 for the small model)")
+    made.add_argument("--lr", type=float, help="learning rate (default: 2e-4; 5e-3 for the small model)")
     made.set_defaults(small_steps=steps)
 
 
@@ -345,7 +345,7 @@ def tuned(options: argparse.Namespace, questions: Sequence[Question], results: "
         plan = Plan(
             steps=steps,
             batch=options.batch,
-            learning_rate=options.lr or (2e-4 if options.model else 2e-3),
+            learning_rate=options.lr or (2e-4 if options.model else 5e-3),
             bf16=dtype == "bfloat16",
             liger=train_lora.fused_loss(model, device),
             seed=options.seed,
@@ -383,6 +383,8 @@ def asked(
 
     The margins come from one prefill a batch. Tables show the ways side by side, and what `generate` says and takes.
     """
+    from tqdm import tqdm
+
     first = first_tokens(tokenizer, words)
     batches = prompt_batches(tokenizer, questions, options.batch, next(model.parameters()).device)
     order = [number for numbers, _ in batches for number in numbers]
@@ -405,24 +407,23 @@ def asked(
 
     way, prefill = list(made.items())[-1]
     longest = 1 + max(len(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words)
-    alone = argparse.Namespace(**{**vars(options), "compare": False})
-    said = each_way(model, alone, batches, lambda batch: generated(model, tokenizer, batch[1], longest), tokens)[way]
-    texts = dict(zip(order, [text.strip() for batch in said.values for text in batch], strict=True))
+    texts: dict[int, str] = {}
+    spent = {"one prefill": 0.0, f"generate, {longest} tokens": 0.0}
+    calls = (lambda inputs: margins(model, inputs, first), lambda inputs: generated(model, tokenizer, inputs, longest))
+    calls[1](batches[0][1])  # warms up
+    for numbers, inputs in tqdm(batches, desc="prefill and generate", unit="batch"):
+        for name, call in zip(spent, calls, strict=True):
+            begin = _now(inputs["input_ids"].device)
+            said = call(inputs)
+            spent[name] += _now(inputs["input_ids"].device) - begin
+        texts |= dict(zip(numbers, (text.strip() for text in said), strict=True))
     valid = [number for number, text in texts.items() if text.startswith(words)]
     agree = sum(texts[number].startswith(words[found[way][number].item() <= 0]) for number in valid)
-    results.table(
-        "One prefill against generate",
-        [
-            {"answers by": "one prefill", "seconds": prefill.seconds, "valid": f"{len(order)} of {len(order)}"},
-            {
-                "answers by": f"generate, {longest} tokens",
-                "seconds": said.seconds,
-                "valid": f"{len(valid)} of {len(order)}",
-                "as the prefill": f"{agree} of {len(valid)}",
-            },
-        ],
-        f"Valid: the text begins with {words[0]!r} or {words[1]!r}. Both {way}, in batches of {options.batch}.",
-    )
+    rows: list[dict[str, Any]] = [{"answers by": name, "seconds": seconds} for name, seconds in spent.items()]
+    rows[0] |= {"valid": f"{len(order)} of {len(order)}"}
+    rows[1] |= {"valid": f"{len(valid)} of {len(order)}", "as the prefill": f"{agree} of {len(valid)}"}
+    note = f"Both {way}, in turn, in batches of {options.batch}; valid: the text begins with {' or '.join(words)}."
+    results.table("One prefill against generate", rows, note)
     return found[way].tolist(), prefill.seconds
 
 

@@ -137,14 +137,14 @@ def picture(rows: list[dict], results: shared.Results) -> None:
         axis.plot([row["chance"]] * 2, [at - 0.38, at + 0.38], color="black", ls=":", label=None if at else "chance")
     axis.set(xlim=(0, 1), xlabel="share right (95 %)")
     axis.set_yticks(range(len(rows)), [f"{row['method']}, {row['of']}" for row in reversed(rows)])
-    axis.legend(loc="lower right")
+    figure.legend(loc="outside upper right")
     results.picture(figure, "true_false", "Statements right, and terms with all statements right; dotted: by chance.")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = shared.parser(__doc__, "true_false")
-    shared.tuning(parser, 60)
+    shared.tuning(parser, 40)
     parser.add_argument("--masked", action="store_true", help="hide the words of the term's name in the statement")
     parser.add_argument("--limit", type=int, help="terms of the test, at least 2 (default: all)")
     options = parser.parse_args(argv)
