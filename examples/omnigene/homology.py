@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "The model's answer is yes or no. The other methods have a score, and the threshold that is right for most"
         f" training pairs of both levels; a pair without a hit up to E = 10 scores 0. Seconds: the model's for the test"
         f" pairs; those of the others for all {len(everything)} pairs, which one search covers. Intervals (95 %,"
-        " Wilson and DeLong) are over pairs: no domain is in two pairs, but pairs share superfamilies, so that the"
-        " intervals for new superfamilies would be wider. An AUC of exactly 0.5 or 1 may have none.",
+        " Wilson; DeLong, or Newcombe at an AUC of 1) are over pairs: no domain is in two pairs, but pairs share"
+        " superfamilies, and intervals over superfamilies would be wider. None where all pairs score the same.",
     )
     if options.limit is None and everywhere:
         results.table(f"Homology, all {len(everything)} pairs", everywhere, "As above; training pairs are among them.")

@@ -502,14 +502,37 @@ def accuracy(right: Iterable[bool]) -> dict[str, Any]:
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> dict[str, float]:
-    """Area under the ROC curve, ties counted half, with its 95 % interval (DeLong 1988; NaN if nothing varies)."""
+    """Area under the ROC curve, ties counted half, with its 95 % interval.
+
+    DeLong's (1988); where all positives are above all negatives, or below, and it has no width, Newcombe's (2006,
+    method 5); NaN if all scores are equal.
+    """
     above = torch.tensor(positive, dtype=torch.float64)[:, None]
     below = torch.tensor(negative, dtype=torch.float64)[None]
     wins = (above > below).double() + (above == below).double() / 2  # [positives, negatives]
     value = wins.mean().item()
     spread = wins.mean(1).var().item() / len(positive) + wins.mean(0).var().item() / len(negative)
-    margin = 1.96 * math.sqrt(spread) if spread > 0 else math.nan
-    return {"auc": value, "auc low": max(value - margin, 0.0), "auc high": min(value + margin, 1.0)}
+    low = high = math.nan
+    if spread > 0:
+        low, high = max(value - 1.96 * math.sqrt(spread), 0.0), min(value + 1.96 * math.sqrt(spread), 1.0)
+    elif value in (0.0, 1.0):
+        low, high = sorted((value, abs(value - _newcombe(len(positive), len(negative)))))
+    return {"auc": value, "auc low": low, "auc high": high}
+
+
+def _newcombe(positives: int, negatives: int) -> float:
+    """How far below 1 the AUC may be, though the scores show 1."""
+    size = (positives + negatives) / 2 - 1
+
+    def beyond(area: float) -> bool:
+        factor = 1 + size * ((1 - area) / (2 - area) + area / (1 + area))
+        return (1 - area) ** 2 > 1.96**2 * area * (1 - area) * factor / (positives * negatives)
+
+    low, high = 0.0, 1.0  # beyond holds at the first and not at the second
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if beyond(middle) else (low, middle)
+    return 1 - low
 
 
 class Results:
