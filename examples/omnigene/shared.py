@@ -420,8 +420,9 @@ def asked(
     valid = [number for number, text in texts.items() if text.startswith(words)]
     agree = sum(texts[number].startswith(words[found[way][number].item() <= 0]) for number in valid)
     rows: list[dict[str, Any]] = [{"answers by": name, "seconds": seconds} for name, seconds in spent.items()]
+    rows[1] |= {"to the prefill": f"{rows[1]['seconds'] / rows[0]['seconds']:.2f}x"}
     rows[0] |= {"valid": f"{len(order)} of {len(order)}"}
-    rows[1] |= {"valid": f"{len(valid)} of {len(order)}", "as the prefill": f"{agree} of {len(valid)}"}
+    rows[1] |= {"valid": f"{len(valid)} of {len(order)}", "same answer": f"{agree} of {len(valid)}"}
     note = f"Both {way}, in turn, in batches of {options.batch}; valid: the text begins with {' or '.join(words)}."
     results.table("One prefill against generate", rows, note)
     return found[way].tolist(), prefill.seconds
@@ -505,13 +506,15 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> dict[str, float
     """Area under the ROC curve, ties counted half, with its 95 % interval.
 
     DeLong's (1988); where all positives are above all negatives, or below, and it has no width, Newcombe's (2006,
-    method 5); NaN if all scores are equal.
+    method 5); NaN where neither exists.
     """
     above = torch.tensor(positive, dtype=torch.float64)[:, None]
     below = torch.tensor(negative, dtype=torch.float64)[None]
     wins = (above > below).double() + (above == below).double() / 2  # [positives, negatives]
     value = wins.mean().item()
-    spread = wins.mean(1).var().item() / len(positive) + wins.mean(0).var().item() / len(negative)
+    spread = math.nan  # of one pair's score nothing is known
+    if min(wins.shape) > 1:
+        spread = wins.mean(1).var().item() / len(positive) + wins.mean(0).var().item() / len(negative)
     low = high = math.nan
     if spread > 0:
         low, high = max(value - 1.96 * math.sqrt(spread), 0.0), min(value + 1.96 * math.sqrt(spread), 1.0)

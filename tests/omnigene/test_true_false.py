@@ -110,6 +110,18 @@ def test_both_ways_agree(tmp_path):
     assert (tmp_path / "true_false.png").stat().st_size > 1000
 
 
+def test_stock_never_calls_the_accelerator(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("accelerated")
+
+    monkeypatch.setattr("omnigene_fast.accelerate", refuse)
+    arguments = ["--steps", "1", "--limit", "2", "--batch", "2", "--out", str(tmp_path)]
+    script.main([*arguments, "--stock"])
+    assert [row["way"] for row in parts(tmp_path)[0]["Training on the answers"]] == ["stock"]
+    with pytest.raises(AssertionError, match="accelerated"):
+        script.main(arguments)
+
+
 def test_one_term_has_no_distractor(tmp_path):
     with pytest.raises(ValueError, match=r"^--limit: expected at least 2 terms"):
         script.main(["--limit", "1", "--out", str(tmp_path)])
