@@ -23,6 +23,9 @@ from shared import Pair, Question
 
 LEVELS = ("standard", "remote")
 ANSWERS = ("yes", "no")
+METHODS = ("model", *(name for commands in alignment.COMMANDS.values() for name in commands), "ESM-2, cosine")
+COLOURS = dict(zip(METHODS, ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"), strict=True))
+WIDTHS = dict(zip(METHODS, (1.5, 6, 4, 2, 1.5), strict=True))  # a curve that lies on another hides nothing
 Scores = dict[str, float]  # by the name of the pair's first domain: no domain is in two pairs
 
 
@@ -42,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(argv)
     shared.start(options)
     # What is missing shows before anything long begins.
+    shared.need("scipy")
+    shared.need("matplotlib")
     aligners = {name: command for method in options.methods for name, command in alignment.required(method).items()}
     esm = alignment.load_esm(options.esm) if options.esm else None
     results = shared.Results(options, "Homology", "Are two protein domains homologous? One batched prefill answers.")
@@ -56,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         curves["model"] = named(test, margins)
         rows += table(test, "model", curves["model"], 0.0, "its answer", seconds)
         del model
-    others = {}
+    others: dict[str, tuple[list[float], float]] = {}
     for name, command in aligners.items():
         others[name] = alignment.aligned(command, everything, options.threads)
     if esm:
-        others["ESM-2, cosine"] = alignment.similar(esm, everything, options.batch)
+        others[METHODS[-1]] = alignment.similar(esm, everything, options.batch)
     for name, (values, seconds) in others.items():
         scores = curves[name] = named(everything, values)
         cut = alignment.threshold([scores[pair.a.name] for pair in train], [pair.homologous for pair in train])
@@ -120,20 +125,18 @@ def table(pairs: Sequence[Pair], method: str, scores: Scores, cut: float, rule: 
 
 def picture(pairs: Sequence[Pair], curves: dict[str, Scores], results: shared.Results) -> None:
     """ROC curves of the test pairs, one panel a level."""
-    figure, panels = shared.axes(10.5, 6.2, columns=2)
-    colours = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"]
+    figure, panels = shared.axes(10.5, 6.4, columns=2)
     for panel, level in zip(panels, LEVELS, strict=True):
-        for at, (method, scores) in enumerate(curves.items()):
+        for method, scores in curves.items():
             positive, negative = sides(pairs, scores, level)
             cuts = sorted({*positive, *negative}, reverse=True)
             x, y = ([0.0, *(sum(s >= c for s in side) / len(side) for c in cuts)] for side in (negative, positive))
             found = shared.auc(positive, negative)
             interval = f" ({found['auc low']:.2f} to {found['auc high']:.2f})" if found["auc low"] >= 0 else ""
-            # Thinner and thinner, so that a curve that lies on another hides nothing.
-            panel.plot(x, y, color=colours[at], lw=6 - 1.2 * at, label=f"{method}: {found['auc']:.3f}{interval}")
+            panel.plot(x, y, color=COLOURS[method], lw=WIDTHS[method], label=f"{method}: {found['auc']:.3f}{interval}")
         panel.plot([0, 1], [0, 1], color="grey", lw=1, ls=":", label="chance: 0.5")
         panel.set(xlabel="false positives (share)", ylabel="true positives (share)", title=f"{level} pairs")
-        panel.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        panel.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), title="area under the curve (95 %)", fontsize=9)
     results.picture(figure, "homology", "ROC curves of the test pairs; straight pieces join pairs of equal score.")
 

@@ -334,7 +334,14 @@ def tuned(options: argparse.Namespace, questions: Sequence[Question], results: "
     if dtype == "auto":
         dtype = str(AutoConfig.from_pretrained(path).get_text_config().dtype or torch.float32).removeprefix("torch.")
     recipe = argparse.Namespace(
-        model=path, dtype=dtype, seed=options.seed, rank=64, alpha=128, expert_lora=False, save="preactivation"
+        model=path,
+        dtype=dtype,
+        seed=options.seed,
+        rank=64,
+        alpha=128,
+        save="preactivation",
+        expert_lora=False,
+        experts="frozen",
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs: dict[str, Any] = {}

@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Answer the test statements and report, beside what the overlap of words gives."""
     options = arguments(argv)
     shared.start(options)
+    shared.need("scipy")
+    shared.need("matplotlib")
     about = "Does the definition belong to the term? One batched prefill answers several statements a term."
     results = shared.Results(options, "True or false", about)
     train = questions("train", options.masked)

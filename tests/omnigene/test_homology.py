@@ -4,14 +4,12 @@ import json
 import math
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from .helpers import FOLDER, load
+from .helpers import load
 
 homology, alignment, shared = load("homology"), load("alignment"), load("shared")
 
@@ -234,9 +232,9 @@ def test_training_teaches_and_merging_keeps_it(base, tmp_path, monkeypatch):
 
 
 def test_a_mistake_is_one_sentence(tmp_path):
-    command = [sys.executable, str(FOLDER / "homology.py"), "--limit", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == (
-        "homology: --limit: expected at least 2 pairs, one homologous and one not, got 1."
-    )
+    """As the end of the script, and nothing is made."""
+    expected = "homology: --limit: expected at least 2 pairs, one homologous and one not, got 1."
+    with pytest.raises(SystemExit) as raised:
+        shared.script("homology", lambda: homology.main(["--limit", "1", "--out", str(tmp_path)]))
+    assert raised.value.code == expected
+    assert not list(tmp_path.iterdir())
