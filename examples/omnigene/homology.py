@@ -144,7 +144,7 @@ def picture(pairs: Sequence[Pair], curves: dict[str, Scores], results: shared.Re
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = shared.parser(__doc__, "homology")
-    shared.tuning(parser, 40)
+    shared.tuning(parser, 30)
     methods = ("model", *alignment.COMMANDS)
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="default: all of them")
     parser.add_argument("--esm", type=Path, help="directory of an ESM-2 checkpoint, for a row of its own")

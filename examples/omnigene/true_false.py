@@ -146,7 +146,7 @@ def picture(rows: list[dict], results: shared.Results) -> None:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = shared.parser(__doc__, "true_false")
-    shared.tuning(parser, 40)
+    shared.tuning(parser, 30)
     parser.add_argument("--masked", action="store_true", help="hide the words of the term's name in the statement")
     parser.add_argument("--limit", type=int, help="terms of the test, at least 2 (default: all)")
     options = parser.parse_args(argv)

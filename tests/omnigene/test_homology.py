@@ -188,7 +188,7 @@ def test_not_an_esm_checkpoint(base, tmp_path):
 def test_both_ways_from_training_to_answers(base, esm, tmp_path):
     """Losses and answers of the two ways agree; the table's rows are those of the pairs; ESM-2 has its own."""
     arguments = ["--compare", "--steps", "3", "--limit", "2", "--batch", "2", "--methods", "model", "--esm", str(esm)]
-    homology.main([*arguments, "--model", str(base), "--lr", "5e-3", "--out", str(tmp_path)])
+    homology.main([*arguments, "--model", str(base), "--lr", "2e-3", "--out", str(tmp_path)])
     tables, notes = parts(tmp_path)
     training = tables["Training on the answers"]
     assert [row["way"] for row in training] == ["stock", "accelerated"]
