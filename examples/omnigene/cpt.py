@@ -83,7 +83,7 @@ def stage(
     if rank == 0:
         results = shared.Results(options, title, about)
         results.table("Loss in nats per token", losses(runs), bound(runs))
-        note = f"{world} processes" if world > 1 else ""
+        note = f"{world} processes, {'FSDP2' if options.fsdp else 'DDP'}" if world > 1 else ""
         results.table("Speed and memory", shared.side_by_side(runs), note)
         results.picture(curves(runs), "loss", f"{title}: the losses{' of both ways' if len(runs) > 1 else ''}.")
         results.link(options.out / "model" / "config.json", "checkpoint")

@@ -3,11 +3,11 @@
     torchrun --nproc_per_node 2 examples/omnigene/expert_parallel.py --compare
     torchrun --nproc_per_node 8 examples/omnigene/expert_parallel.py --model CKPT --exchange all_to_all
 
-`DistributedConfig(ep_size=...)` makes `from_pretrained` read a share of the experts; the rest of the model is on every
-process. With `--exchange all_reduce` each runs its experts on the whole batch and the outputs are summed up; with
-all_to_all the tokens travel to the process of their experts and back. The accelerator comes after, by the same line as
-ever. What one process computes with the plain checkpoint is the measure: logits, loss, and the gradients of the routers
-and of each process' own experts.
+`DistributedConfig(tp_size=..., ep_size=...)` makes `from_pretrained` read a share of the experts, and of attention and
+dense MLP by transformers' tensor-parallel plan; routers are on every process. With `--exchange all_reduce` each process
+runs its experts on the whole batch and the outputs are summed up; with all_to_all the tokens travel to the process of
+their experts and back. The accelerator comes after, by the same line as ever. The measure is what one process computes
+with the plain checkpoint: logits, loss, and the gradients of the routers and of each process' own experts.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def sharded(options: argparse.Namespace, path: Any, world: int) -> Any:
     experts = AutoConfig.from_pretrained(path).get_text_config().num_experts
     if experts % world:
         raise ValueError(f"--nproc_per_node: expected a divisor of the {experts} experts, got {world}.")
-    plan = DistributedConfig(tp_size=world, tp_plan={}, ep_size=world, ep_implementation=options.exchange)
+    plan = DistributedConfig(tp_size=world, ep_size=world, ep_implementation=options.exchange)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, distributed_config=plan).eval()
 
@@ -159,7 +159,7 @@ def expert_bytes(model: Any) -> int:
 
 
 def differences(ours: Outcome, truth: Outcome, world: int) -> dict[str, float]:
-    """Relative differences (Frobenius norm) of logits, loss and gradients, the experts' by the process that has them."""
+    """Relative differences of logits, loss and gradients, the experts' by the process that has them."""
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {
         "logits": [(ours.logits, truth.logits)],
         "loss": [(ours.loss, truth.loss)],
