@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
         watch = [omnigene_fast.RouterTraceCallback(options.router_every)] if options.router_every else []
         runs[name] = train(model, samples, plan, pad=pad, title=name, callbacks=watch)
         if len(runs) == 1 and (options.out or options.merged):
-            keep(whole(model, options, rank) if options.fsdp and world > 1 else model, options, tokenizer, rank)
+            keep(whole(model, options, rank) if options.fsdp else model, options, tokenizer, rank)
         del model
     runs = dict(sorted(runs.items(), reverse=True))
     if rank == 0:
@@ -329,6 +329,8 @@ def check(options: argparse.Namespace) -> None:
     for name, path in (("--out", options.out), ("--merged", options.merged)):
         if path and path.exists() and not path.is_dir():
             raise ValueError(f"{name}: expected a directory, got {path}.")
+    if options.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise ValueError("--fsdp: expected several processes, got one; start them with torchrun --nproc_per_node 2.")
     if options.merged and not options.model:
         raise ValueError("--merged: expected with --model, whose tokenizer the checkpoint gets, got no --model.")
     if options.merged and options.merged.resolve() == options.model.resolve():

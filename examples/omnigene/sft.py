@@ -27,7 +27,7 @@ SHOWN = 90  # characters of a sequence whose kind is asked for
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
     """Train, report; what came of it as "stock" and "accelerated"."""
-    parser = cpt.parser(__doc__, "sft", length=512)
+    parser = cpt.parser(__doc__, "sft", length=800)
     parser.add_argument("--limit", type=train_lora.positive, help="questions of a task at most; all by default")
     options = parser.parse_args(argv)
     shared.start(options)
@@ -50,12 +50,15 @@ def mixture(limit: int | None = None, seed: int = 0) -> list[Question]:
 
 def kinds(part: str) -> list[Question]:
     """Which of the 12 families the beginning of a text is from; "test" are the texts that cpt.py leaves out."""
-    chosen = slice(None, cpt.TRAINED) if part == "train" else slice(cpt.TRAINED, None)
-    return [
-        Question(f"{text[:SHOWN]}\nWhich kind? ", family, family)
-        for family, each in load_texts(10**6).items()
-        for text in each[chosen]
-    ]
+    made: dict[str, list[Question]] = {"train": [], "test": []}
+    seen = set()  # some texts begin alike
+    for family, each in load_texts(10**6).items():
+        for number, text in enumerate(each):
+            prompt = f"{text[:SHOWN]}\nWhich kind? "
+            if prompt not in seen:
+                made["train" if number < cpt.TRAINED else "test"].append(Question(prompt, family, family))
+            seen.add(prompt)
+    return made[part]
 
 
 TASKS = {"homology": homology.questions, "true/false": true_false.questions, "kind": kinds}

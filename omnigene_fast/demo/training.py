@@ -67,6 +67,8 @@ def join() -> tuple[int, int]:
     """(rank, number of processes) of this process, (0, 1) without torchrun; with it, joins the others' group."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return int(os.environ.get("RANK", 0)), world
 
@@ -137,7 +139,7 @@ def train(
             disable_tqdm=True,
             ddp_backend=dist.get_backend() if world > 1 else None,
             ddp_find_unused_parameters=False,  # nothing is unused, and the search would not bear checkpointing
-            fsdp=plan.fsdp and world > 1,
+            fsdp=plan.fsdp,
             fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": _blocks(model)} if plan.fsdp else None,
         )
         trainer = _Trainer(

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from omnigene_fast.demo.model import Size, load_texts, small_model
-from omnigene_fast.demo.training import IGNORED
 
 from .helpers import load
 
@@ -120,6 +119,7 @@ def test_stock_never_calls_the_accelerator(train_lora, base, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--fsdp"], "--fsdp: expected several processes, got one; start them with torchrun"),
         (["--merged", "next"], "--merged: expected with --model"),
         (["--model", "base", "--merged", "base"], "--merged: expected another directory than --model, got base."),
         (["--model", "base", "--merged", __file__], "--merged: expected a directory, got "),
@@ -156,12 +156,14 @@ def test_sft_learns_the_answers_of_training_questions(shared, base, tmp_path):
 
 def test_kinds_are_asked_about_the_texts_of_their_part():
     sft, every = load("sft"), load_texts(50)
+    asked = {part: {(one.prompt, one.answer) for one in sft.kinds(part)} for part in ("train", "test")}
     for part, chosen in (("train", slice(34)), ("test", slice(34, 50))):
-        expected = [(text[:90] + "\nWhich kind? ", name) for name, each in every.items() for text in each[chosen]]
-        assert [(one.prompt, one.answer) for one in sft.kinds(part)] == expected
+        expected = {(text[:90] + "\nWhich kind? ", name) for name, each in every.items() for text in each[chosen]}
+        assert asked[part] <= expected
+        assert len(asked[part]) >= 0.98 * len(expected)  # few texts begin alike
+    assert not asked["train"] & asked["test"]
     train_lora = load("train_lora")
     question = sft.kinds("train")[0]
     tokens = load("shared").byte_tokenizer()
     first, answer = (train_lora.ids(text, tokens, begin=False) for text in (question.prompt, question.answer))
     assert tokens.decode(first + answer) == question.prompt + question.answer
-    assert IGNORED == -100
