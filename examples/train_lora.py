@@ -128,7 +128,9 @@ def whole(model: Any, options: argparse.Namespace, rank: int) -> Any:
     if rank:
         return None
     made = build_model(options, CPU, accelerated=False)
-    made.load_state_dict(trained, strict=False)
+    unknown = made.load_state_dict(trained, strict=False).unexpected_keys
+    if unknown:
+        raise RuntimeError(f"--fsdp: expected the parameters of the unsharded model, got {unknown[0]} too.")
     return made
 
 

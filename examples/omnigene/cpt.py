@@ -15,10 +15,13 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import shared
+import torch
 import train_lora
+from transformers import AutoConfig
 
 from omnigene_fast.demo.model import load_texts
 from omnigene_fast.demo.training import Run, join
@@ -59,24 +62,15 @@ def stage(
 ) -> dict[str, Run]:
     """Train on `rows` as train_lora does with the options `more`, leave OUT/model, report."""
     base, rank, world = shared.checkpoint(options), *join()
-    dtype = options.dtype if options.dtype != "auto" else json.loads((base / "config.json").read_text())["dtype"]
+    dtype = options.dtype if options.dtype != "auto" else checkpoint_dtype(base)
     lr = options.lr or (2e-4 if options.model else 2e-3)
     data = options.out / "data.jsonl"
     beside = data.with_name(f"data.jsonl.{rank}")  # every process writes the same file: none reads half of one
     beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(beside, data)
-    arguments = ["--model", base, "--data", data, "--merged", options.out / "model", "--experts", options.experts]
-    arguments += [
-        "--steps",
-        options.steps,
-        "--batch",
-        options.batch,
-        "--length",
-        options.length,
-        "--rank",
-        options.rank,
-    ]
-    arguments += ["--lr", lr, "--optimizer", options.optimizer, "--dtype", dtype, "--seed", options.seed]
+    passed = {"steps", "batch", "length", "rank", "optimizer", "seed", "experts"}
+    arguments = ["--model", base, "--data", data, "--merged", options.out / "model", "--dtype", dtype, "--lr", lr]
+    arguments += [each for name in sorted(passed) for each in (f"--{name}", getattr(options, name))]
     arguments += [flag for flag in ("--stock", "--compare", "--fsdp") if getattr(options, flag[2:])]
     arguments += ["--threads", options.threads] if options.threads else []
     runs = train_lora.main([*map(str, arguments), *more])
@@ -89,6 +83,13 @@ def stage(
         results.link(options.out / "model" / "config.json", "checkpoint")
         results.save()
     return runs
+
+
+def checkpoint_dtype(path: Path) -> str:
+    """The dtype that a checkpoint was saved in; bfloat16 if it does not say."""
+    config = AutoConfig.from_pretrained(path)
+    dtype = config.dtype or config.get_text_config().dtype or torch.bfloat16
+    return str(dtype).removeprefix("torch.")
 
 
 def losses(runs: dict[str, Run], rows: int = 8) -> list[dict[str, Any]]:
@@ -114,6 +115,7 @@ def curves(runs: dict[str, Run]) -> Any:
     for way, run in runs.items():
         axis.plot(range(1, len(run.losses) + 1), run.losses, label=f"{way}, {run.speed:,.0f} tokens/s", **styles[way])
     axis.set(xlabel="step", ylabel="loss (nats per token)")
+    axis.locator_params(axis="x", integer=True)
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
