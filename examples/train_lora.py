@@ -3,21 +3,26 @@
 The recipe is that of OmniGene-4's continued pre-training and instruction tuning: LoRA r=64, alpha=128 on attention,
 dense MLP and router.proj, the embedding trained in full, experts frozen, gradient checkpointing, bfloat16.
 
-    python examples/train_lora.py --stock                            a small random model on the shipped sequences
+    python examples/train_lora.py --compare                          a small random model on the shipped sequences
     python examples/train_lora.py --model CKPT --data my.jsonl --steps 500 --out adapter
     python examples/train_lora.py --model CKPT --data qa.jsonl --answer-only        columns "prompt" and "response"
-    python examples/train_lora.py --stock --expert-lora              LoRA on the experts too
+    python examples/train_lora.py --compare --experts lora           LoRA on the experts too
+    python examples/train_lora.py --model CKPT --merged NEXT         a checkpoint, the --model of the next stage
     python examples/train_lora.py --router-every 10                  how evenly the experts are loaded, as it trains
+    torchrun --nproc_per_node 2 examples/train_lora.py --fsdp        two processes: DDP, or FSDP2 with --fsdp
 
---stock trains the same model on the same batches without the accelerator too, and compares.
+--compare trains the same model on the same batches without the accelerator too; --stock does that alone.
 """
 
 import argparse
 import importlib.util
 import json
 import math
+import os
+import shutil
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +32,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import omnigene_fast
 from omnigene_fast.demo.model import BOS, EOS, PAD, Size, byte_ids, load_texts, small_model
-from omnigene_fast.demo.training import IGNORED, Plan, Run, Sample, chunks, train
+from omnigene_fast.demo.training import IGNORED, Plan, Run, Sample, chunks, join, train, wait
 
 SMALL = Size(H=256, I=64, E=32, K=4, layers=4)
 # Linears of the language model; PEFT matches the ends of module names, so "mlp." keeps them apart from the experts.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "router.proj"]
+EXPERTS = ("gate_up_proj", "down_proj")  # the experts' parameters
 TOWERS = r".*(vision_tower|audio_tower|embed_vision|embed_audio).*"
 
+CPU = torch.device("cpu")
 
-def main() -> None:
-    """Read the arguments, train once or twice, report."""
-    options = arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
+    """Read the arguments, train once or twice, report; what came of it as "stock" and "accelerated"."""
+    options = arguments(argv)
+    check(options)
+    rank, world = join()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.out and options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out: expected a directory, got {options.out}.")
     # The samples before the checkpoint's weights: a mistake in the data costs seconds, not minutes.
     tokenizer = None if options.model is None else load_tokenizer(options.model)
     samples = read_samples(options, tokenizer)
     runs: dict[str, Run] = {}
     # Accelerated first: it pays for what a process needs once, and its adapter is safe if stock runs out of memory.
-    for name in ("accelerated", "stock") if options.stock else ("accelerated",):
+    for name in ("accelerated", "stock") if options.compare else ("stock" if options.stock else "accelerated",):
         model = build_model(options, device, accelerated=name == "accelerated")
-        if not runs:
-            describe(model, samples, options, fused_loss(model, device))
+        if not runs and rank == 0:
+            describe(model, samples, options, fused_loss(model, device), world)
         plan = Plan(
             steps=options.steps,
             batch=options.batch,
@@ -61,19 +69,23 @@ def main() -> None:
             liger=fused_loss(model, device),
             optimizer=options.optimizer,
             seed=options.seed,
+            fsdp=options.fsdp,
         )
         pad = PAD if tokenizer is None else tokenizer.pad_token_id
         watch = [omnigene_fast.RouterTraceCallback(options.router_every)] if options.router_every else []
         runs[name] = train(model, samples, plan, pad=pad, title=name, callbacks=watch)
-        if options.out and name == "accelerated":
-            model.save_pretrained(options.out)
-            print(f"adapter: {options.out} (PeftModel.from_pretrained(base, {str(options.out)!r}))")
+        if len(runs) == 1 and (options.out or options.merged):
+            keep(whole(model, options, rank) if options.fsdp else model, options, tokenizer, rank)
         del model
-    report(dict(sorted(runs.items(), reverse=True)))
-    if options.router_every:
-        report_load(runs["accelerated"])
-    if options.out:
-        picture(runs, options.out / "loss.png")
+    runs = dict(sorted(runs.items(), reverse=True))
+    if rank == 0:
+        report(runs)
+        if options.router_every:
+            report_load(next(reversed(runs.values())))
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            picture(runs, options.out / "loss.png")
+    return runs
 
 
 def build_model(options: argparse.Namespace, device: torch.device, *, accelerated: bool) -> Any:
@@ -84,7 +96,7 @@ def build_model(options: argparse.Namespace, device: torch.device, *, accelerate
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device)
     else:
         model = small_model(SMALL, device, options.seed)[0].to(dtype)
-    experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]} if options.expert_lora else {}
+    experts = {"target_parameters": [f"experts.{name}" for name in EXPERTS]} if options.experts == "lora" else {}
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
@@ -96,10 +108,50 @@ def build_model(options: argparse.Namespace, device: torch.device, *, accelerate
         **experts,
     )
     model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if options.experts == "full" and name.endswith(tuple(f"experts.{each}" for each in EXPERTS)):
+            parameter.requires_grad = True
     # The line this example is about. It may come before PEFT or after; what cannot be accelerated raises here.
     if accelerated:
         omnigene_fast.accelerate(model, save=options.save)
     return model
+
+
+def whole(model: Any, options: argparse.Namespace, rank: int) -> Any:
+    """What FSDP2 has sharded as a model of whole tensors, on the CPU of the first process; None on the others."""
+    trained = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensor = parameter.detach().full_tensor()  # every process takes part
+            if rank == 0:
+                trained[name] = tensor.cpu()
+    if rank:
+        return None
+    made = build_model(options, CPU, accelerated=False)
+    unknown = made.load_state_dict(trained, strict=False).unexpected_keys
+    if unknown:
+        raise RuntimeError(f"--fsdp: expected the parameters of the unsharded model, got {unknown[0]} too.")
+    return made
+
+
+def keep(model: Any, options: argparse.Namespace, tokenizer: Any, rank: int) -> None:
+    """Write what was trained: the adapter into --out, the merged checkpoint as --merged; uses up `model`."""
+    if rank == 0 and options.out and options.experts != "full":
+        model.save_pretrained(options.out)
+        print(f"adapter: {options.out} (PeftModel.from_pretrained(base, {str(options.out)!r}))")
+    if rank == 0 and options.merged:
+        # With transformers' own forwards and names; what was trained in float32 gets the checkpoint's dtype.
+        merged = omnigene_fast.restore(model).merge_and_unload().to(getattr(torch, options.dtype))
+        beside = options.merged.with_name(options.merged.name + ".new")
+        shutil.rmtree(beside, ignore_errors=True)
+        merged.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        for part in options.model.glob("*processor_config.json"):  # of images, where the model sees them
+            shutil.copy(part, beside)
+        shutil.rmtree(options.merged, ignore_errors=True)
+        beside.rename(options.merged)  # whole or not there
+        print(f"checkpoint: {options.merged} (AutoModelForCausalLM.from_pretrained({str(options.merged)!r}))")
+    wait()  # so that the others find it
 
 
 def read_samples(options: argparse.Namespace, tokenizer: Any) -> list[Sample]:
@@ -170,8 +222,8 @@ def fused_loss(model: Any, device: torch.device) -> bool:
     return model.get_base_model().config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-def describe(model: Any, samples: list[Sample], options: argparse.Namespace, fused: bool) -> None:
-    """Say what is about to happen."""
+def describe(model: Any, samples: list[Sample], options: argparse.Namespace, fused: bool, world: int) -> None:
+    """Say what is about to happen in `world` processes."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     what = options.model or "a small random Gemma-4 MoE with byte tokens"
@@ -180,7 +232,10 @@ def describe(model: Any, samples: list[Sample], options: argparse.Namespace, fus
     print(f"data: {options.data or 'shipped sequences, 12 families'}, {len(samples):,} samples, {tokens:,} tokens")
     softcap = model.get_base_model().config.get_text_config().final_logit_softcapping
     print(f"loss: {'fused linear cross-entropy of liger-kernel' if fused else 'of transformers'}, softcap {softcap}")
-    print(f"experts: {'LoRA' if options.expert_lora else 'frozen'}, accelerate(save={options.save!r})\n", flush=True)
+    if world > 1:
+        print(f"processes: {world}, {'FSDP2' if options.fsdp else 'DDP'}, {options.batch} samples in the batch of each")
+    how = {"lora": "LoRA", "full": "trained in full"}.get(options.experts, "frozen")
+    print(f"experts: {how}, {'stock' if options.stock else f'accelerate(save={options.save!r})'}\n", flush=True)
 
 
 def report(runs: dict[str, Run]) -> None:
@@ -236,10 +291,11 @@ def picture(runs: dict[str, Run], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=110)
+    plt.close(figure)
     print(f"picture: {path}")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -247,8 +303,10 @@ def arguments() -> argparse.Namespace:
     add("--data", type=Path, help="jsonl file; by default sequences and prose of 12 families that come along")
     add("--text-col", default="text", help="column of --data with the text (default: text)")
     add("--answer-only", action="store_true", help="columns prompt and response; only the response is learned")
-    add("--stock", action="store_true", help="train without the accelerator too, and compare")
-    add("--expert-lora", action="store_true", help="LoRA on the experts too (PEFT's target_parameters)")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--stock", action="store_true", help="train without the accelerator")
+    ways.add_argument("--compare", action="store_true", help="train with the accelerator and without it, side by side")
+    add("--experts", choices=("frozen", "lora", "full"), default="frozen", help="what of the experts is trained")
     add("--save", choices=("preactivation", "input"), default="preactivation", help="what the experts' backward keeps")
     for name, default in (("steps", 30), ("batch", 4), ("accumulate", 1), ("length", 256), ("rank", 64)):
         add(f"--{name}", type=positive, default=default, help=f"default: {default}")
@@ -259,11 +317,28 @@ def arguments() -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add("--seed", type=int, default=0)
     add("--threads", type=positive, help="CPU threads")
+    add("--fsdp", action="store_true", help="under torchrun: FSDP2 in place of DDP")
     add("--out", type=Path, help="directory for the adapter and a picture of the losses")
-    options = parser.parse_args()
+    add("--merged", type=Path, help="directory for the merged checkpoint with its tokenizer, replaced if it exists")
+    options = parser.parse_args(argv)
     options.alpha = options.alpha or 2 * options.rank
     options.lr = options.lr or (2e-4 if options.model else 2e-3)
     return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """ValueError for options that do not go together, before anything is loaded."""
+    for name, path in (("--out", options.out), ("--merged", options.merged)):
+        if path and path.exists() and not path.is_dir():
+            raise ValueError(f"{name}: expected a directory, got {path}.")
+    if options.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise ValueError("--fsdp: expected several processes, got one; start them with torchrun --nproc_per_node 2.")
+    if options.merged and not options.model:
+        raise ValueError("--merged: expected with --model, whose tokenizer the checkpoint gets, got no --model.")
+    if options.merged and options.merged.resolve() == options.model.resolve():
+        raise ValueError(f"--merged: expected another directory than --model, got {options.merged}.")
+    if options.experts == "full" and options.out and not options.merged:
+        raise ValueError("--experts full: expected --merged with --out, because an adapter does not hold the experts.")
 
 
 def positive(text: str) -> int:

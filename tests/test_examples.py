@@ -51,7 +51,7 @@ def figures(output: str) -> list[tuple[float, float]]:
 
 
 def test_script_stock_and_accelerated_coincide(tmp_path):
-    done = run(*SHORT, "--stock", "--out", str(tmp_path / "adapter"))
+    done = run(*SHORT, "--compare", "--out", str(tmp_path / "adapter"))
     assert done.returncode == 0, done.stderr
     losses = figures(done.stdout)
     assert len(losses) == 3
@@ -72,7 +72,18 @@ def test_expert_lora_with_answers_coincides(script, options, tmp_path, capsys, s
     data = tmp_path / "qa.jsonl"
     rows = [{"prompt": f"Is {number} even? ", "response": "yes" if number % 2 == 0 else "no"} for number in range(9)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    arguments = ["--stock", "--expert-lora", "--answer-only", "--data", str(data), "--save", save, "--accumulate", "2"]
+    arguments = [
+        "--compare",
+        "--experts",
+        "lora",
+        "--answer-only",
+        "--data",
+        str(data),
+        "--save",
+        save,
+        "--accumulate",
+        "2",
+    ]
     options(*arguments)
     script.main()
     out = capsys.readouterr().out
@@ -105,7 +116,7 @@ def plan(**changes) -> Plan:
     return Plan(**({"steps": 3, "batch": 2, "learning_rate": 2e-3, "bf16": False} | changes))
 
 
-@pytest.mark.parametrize("experts", [[], ["--expert-lora"]], ids=["frozen", "expert LoRA"])
+@pytest.mark.parametrize("experts", [[], ["--experts", "lora"]], ids=["frozen", "expert LoRA"])
 def test_adapter_survives_a_file(script, options, tmp_path, experts):
     chosen = options(*experts)
     model = script.build_model(chosen, CPU, accelerated=True)
@@ -141,7 +152,7 @@ def test_checkpoint_with_its_tokenizer(script, options, tmp_path, capsys, make):
 
     make().save_pretrained(tmp_path / "model")
     ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "model")
-    options("--stock", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "adapter"))
+    options("--compare", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "adapter"))
     script.main()
     losses = figures(capsys.readouterr().out)
     assert len(losses) == 3

@@ -27,6 +27,7 @@ from torch import Tensor
 import omnigene_fast
 from omnigene_fast.bench.memory import peak_bytes
 from omnigene_fast.demo.model import BOS, BYTES, EOS, PAD, Size, small_model
+from omnigene_fast.demo.training import join, wait
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for train_lora, the recipe that the scripts build on
@@ -187,8 +188,9 @@ def checkpoint(options: argparse.Namespace) -> Path:
     """--model, or a small random checkpoint in OUT/base, made if it is not there; ValueError if it holds none."""
     if options.model is None:
         path = options.out / "base"
-        if not (path / "config.json").is_file():
+        if join()[0] == 0 and not (path / "config.json").is_file():
             save(small_model(SMALL, torch.device("cpu"), options.seed)[0].float(), byte_tokenizer(), path)
+        wait()  # under torchrun the first process makes it
         return path
     if not (options.model / "config.json").is_file():
         raise ValueError(f"--model: expected a checkpoint directory with a config.json, got {options.model}.")

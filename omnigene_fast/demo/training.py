@@ -1,8 +1,10 @@
 """Training with transformers' Trainer, measured: losses as they were computed, tokens/s, peak memory.
 
-Shared by `omnigene-fast demo` and examples/train_lora.py.
+Shared by `omnigene-fast demo` and examples/train_lora.py. Under torchrun Trainer trains with all processes, by DDP or,
+if the plan says so, FSDP2.
 """
 
+import os
 import tempfile
 import time
 import warnings
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -26,7 +29,10 @@ Sample = dict[str, list[int]]  # input_ids, labels and any further labels, equal
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train: `steps` optimizer steps, or fewer (but two) once `seconds` have passed, of `accumulate` batches."""
+    """How to train: `steps` optimizer steps, or fewer (but two) once `seconds` have passed, of `accumulate` batches.
+
+    `batch` is that of one process; `seconds` are for one process alone. `fsdp`: FSDP2 in place of DDP.
+    """
 
     steps: int
     batch: int = 4
@@ -38,6 +44,7 @@ class Plan:
     liger: bool = False
     optimizer: str = "adamw_torch"
     seed: int = 0
+    fsdp: bool = False
 
 
 @dataclass
@@ -54,6 +61,22 @@ class Run:
     def speed(self) -> float:
         """Tokens per second; NaN if only the first step ran."""
         return self.tokens / self.seconds if self.seconds else float("nan")
+
+
+def join() -> tuple[int, int]:
+    """(rank, number of processes) of this process, (0, 1) without torchrun; with it, joins the others' group."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return int(os.environ.get("RANK", 0)), world
+
+
+def wait() -> None:
+    """Go on when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def chunks(ids: list[int], length: int) -> list[Sample]:
@@ -88,8 +111,9 @@ def train(
     The order of the samples depends on `plan.seed` alone. `title` labels the progress bar; `callbacks` are Trainer's.
     """
     device = next(model.parameters()).device
+    rank, world = join()
     run = Run()
-    bar = tqdm(total=plan.steps, desc=title, unit="step")
+    bar = tqdm(total=plan.steps, desc=title, unit="step", disable=rank > 0)
     with tempfile.TemporaryDirectory() as nowhere, warnings.catch_warnings(), bar:
         warnings.simplefilter("ignore", FutureWarning)  # checkpointing's arguments get other names in transformers 6
         arguments = TrainingArguments(
@@ -114,6 +138,10 @@ def train(
             logging_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            ddp_backend=dist.get_backend() if world > 1 else None,
+            ddp_find_unused_parameters=False,  # nothing is unused, and the search would not bear checkpointing
+            fsdp=plan.fsdp,
+            fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": _blocks(model)} if plan.fsdp else None,
         )
         trainer = _Trainer(
             model=model,
@@ -126,11 +154,38 @@ def train(
         trainer.remove_callback(PrinterCallback)  # we print
         run.peak = peak_bytes(trainer.train, device)
         run.logs = trainer.state.log_history
+    if world > 1:
+        run.tokens = int(_over_processes(run.tokens, dist.ReduceOp.SUM, device))
+        run.seconds = _over_processes(run.seconds, dist.ReduceOp.MAX, device)
+        run.peak = int(_over_processes(run.peak or 0, dist.ReduceOp.MAX, device)) or None
     return run
+
+
+def _blocks(model: Any) -> list[str]:
+    """The classes of the layers that FSDP2 gathers one by one; transformers' own list names some of other models."""
+    return sorted({type(module).__name__ for module in model.modules()} & set(model._no_split_modules))
+
+
+def _over_processes(value: float, how: Any, device: torch.device) -> float:
+    """`value` summed up, or its maximum, over all processes."""
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total, how)
+    return total.item()
 
 
 class _Trainer(Trainer):
     measured: Run
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Shard on a CPU too: accelerate asks for an accelerator, and would quietly train by DDP."""
+        from accelerate import DistributedType, FullyShardedDataParallelPlugin
+
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Keep the loss: Trainer's own log has the running mean, and the comparison wants every digit."""
@@ -151,6 +206,9 @@ class _Watch(TrainerCallback):
         self.run.losses.append(0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if args.world_size > 1:  # each has the loss of its own samples, divided by its share of the tokens of all
+            total = _over_processes(self.run.losses[-1], dist.ReduceOp.SUM, self.device)
+            self.run.losses[-1] = total / args.world_size
         synchronize(self.device)
         now = time.perf_counter()
         if len(self.run.losses) == 1:

@@ -1,0 +1,125 @@
+"""Continued pre-training on 12 families of sequences and texts, by the recipe of OmniGene-4.
+
+LoRA r=64, alpha=128 on attention, dense MLP and router.proj, the embedding trained in full, gradient checkpointing; the
+experts frozen, as in the paper, or with `--experts lora|full`. The training is that of examples/train_lora.py. What
+comes out is OUT/model, the checkpoint of the next stage.
+
+    python examples/omnigene/cpt.py --compare
+    python examples/omnigene/cpt.py --model CKPT --steps 2000 --length 1024 --batch 4 --out out/cpt
+    torchrun --nproc_per_node 2 examples/omnigene/cpt.py --batch 4          two processes by DDP; FSDP2 with --fsdp
+
+The last 16 of the 50 texts of every family are left for the audit.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import shared
+import torch
+import train_lora
+from transformers import AutoConfig
+
+from omnigene_fast.demo.model import load_texts
+from omnigene_fast.demo.training import Run, join
+
+TRAINED = 34  # texts of a family that are trained on
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
+    """Train, report; what came of it as "stock" and "accelerated"."""
+    options = parser(__doc__, "cpt", steps=60).parse_args(argv)
+    shared.start(options)
+    rows = [{"text": text} for each in texts().values() for text in each]
+    return stage(options, rows, "Continued pre-training", "next-token prediction on the texts of 12 families")
+
+
+def texts() -> dict[str, list[str]]:
+    """The texts of each family that are trained on."""
+    return load_texts(TRAINED)
+
+
+def parser(doc: str | None, out: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The options of a stage of training; `defaults` replace theirs."""
+    made = shared.parser(doc or "", out)
+    add = made.add_argument
+    add("--experts", choices=("frozen", "lora", "full"), default="frozen", help="what of the experts is trained")
+    add("--steps", type=train_lora.positive, default=60, help="default: %(default)s")
+    add("--length", type=train_lora.positive, default=256, help="tokens of a sample at most (default: %(default)s)")
+    add("--rank", type=train_lora.positive, default=64, help="of LoRA; alpha is twice that (default: %(default)s)")
+    add("--lr", type=float, help="learning rate (default: 2e-4; 2e-3 for the small model)")
+    add("--optimizer", default="adamw_torch", help="as TrainingArguments' optim, e.g. paged_adamw_8bit")
+    add("--fsdp", action="store_true", help="under torchrun: FSDP2 in place of DDP")
+    made.set_defaults(**defaults)
+    return made
+
+
+def stage(
+    options: argparse.Namespace, rows: Sequence[dict[str, str]], title: str, about: str, *more: str
+) -> dict[str, Run]:
+    """Train on `rows` as train_lora does with the options `more`, leave OUT/model, report."""
+    base, rank, world = shared.checkpoint(options), *join()
+    dtype = options.dtype if options.dtype != "auto" else checkpoint_dtype(base)
+    lr = options.lr or (2e-4 if options.model else 2e-3)
+    data = options.out / "data.jsonl"
+    beside = data.with_name(f"data.jsonl.{rank}")  # every process writes the same file: none reads half of one
+    beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(beside, data)
+    passed = {"steps", "batch", "length", "rank", "optimizer", "seed", "experts"}
+    arguments = ["--model", base, "--data", data, "--merged", options.out / "model", "--dtype", dtype, "--lr", lr]
+    arguments += [each for name in sorted(passed) for each in (f"--{name}", getattr(options, name))]
+    arguments += [flag for flag in ("--stock", "--compare", "--fsdp") if getattr(options, flag[2:])]
+    arguments += ["--threads", options.threads] if options.threads else []
+    runs = train_lora.main([*map(str, arguments), *more])
+    if rank == 0:
+        results = shared.Results(options, title, about)
+        results.table("Loss in nats per token", losses(runs), bound(runs))
+        note = f"{world} processes, {'FSDP2' if options.fsdp else 'DDP'}" if world > 1 else ""
+        results.table("Speed and memory", shared.side_by_side(runs), note)
+        results.picture(curves(runs), "loss", f"{title}: the losses{' of both ways' if len(runs) > 1 else ''}.")
+        results.link(options.out / "model" / "config.json", "checkpoint")
+        results.save()
+    return runs
+
+
+def checkpoint_dtype(path: Path) -> str:
+    """The dtype that a checkpoint was saved in; bfloat16 if it does not say."""
+    config = AutoConfig.from_pretrained(path)
+    dtype = config.dtype or config.get_text_config().dtype or torch.bfloat16
+    return str(dtype).removeprefix("torch.")
+
+
+def losses(runs: dict[str, Run], rows: int = 8) -> list[dict[str, Any]]:
+    """A few steps with the losses of each way, the first and the last among them."""
+    count = len(next(iter(runs.values())).losses)
+    shown = sorted({round(at * (count - 1) / max(1, rows - 1)) for at in range(rows)})
+    return [{"step": at + 1, **{way: f"{run.losses[at]:.6f}" for way, run in runs.items()}} for at in shown]
+
+
+def bound(runs: dict[str, Run]) -> str:
+    """How far apart the two ways are, if there are two."""
+    if len(runs) < 2:
+        return ""
+    first = {way: Run(run.losses[:10]) for way, run in runs.items()}
+    apart, early = train_lora.difference(runs), train_lora.difference(first)
+    return f"largest relative difference: {early:.1e} in the first ten steps, {apart:.1e} in all"
+
+
+def curves(runs: dict[str, Run]) -> Any:
+    """The losses step by step as a figure."""
+    figure, axis = shared.axes()
+    styles = {"stock": {"color": "#0072B2", "lw": 4, "alpha": 0.4}, "accelerated": {"color": "#D55E00", "lw": 1.4}}
+    for way, run in runs.items():
+        axis.plot(range(1, len(run.losses) + 1), run.losses, label=f"{way}, {run.speed:,.0f} tokens/s", **styles[way])
+    axis.set(xlabel="step", ylabel="loss (nats per token)")
+    axis.locator_params(axis="x", integer=True)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    shared.script("cpt", main)
