@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import measures
 import numpy as np
 import shared
 import torch
@@ -71,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for (track, letters), name, axis in zip(TRACKS.items(), ("3Di", "DSSP"), panels, strict=True):
         rows = scores(track, trained, tested, {who: each[track] for who, each in heads.items()})
         results.table(f"{name} of {len(tested)} domains, {sum(len(d.sequence) for d in tested):,} residues", rows, NOTE)
-        counts = shared.confusion(classes(tested, track), same[ways[-1]][track], len(letters), len(letters))
-        shared.draw_confusion(axis, counts, letters, f"{name}: of each true class, % predicted as")
+        counts = measures.confusion(classes(tested, track), same[ways[-1]][track], len(letters), len(letters))
+        measures.draw_confusion(axis, counts, letters, f"{name}: of each true class, % predicted as")
     results.picture(figure, "dual_head", "Heads and LoRA: where the residues of each class go, the commonest first.")
     ends = [{"first loss": run.losses[0], "last loss": run.losses[-1]} for run in runs.values()]
     rows = [row | each for row, each in zip(shared.side_by_side(runs), ends, strict=True)]
@@ -114,7 +115,7 @@ def fit(
     config = AutoConfig.from_pretrained(path)
     dtype = options.dtype if options.dtype != "auto" else str(config.dtype or torch.float32).removeprefix("torch.")
     recipe = {"model": path, "dtype": dtype, "seed": options.seed, "rank": options.rank, "alpha": 2 * options.rank}
-    recipe |= {"expert_lora": False, "experts": "frozen", "save": "preactivation"}
+    recipe |= {"experts": "frozen", "save": "preactivation"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = train_lora.build_model(argparse.Namespace(**recipe), device, accelerated=way == ACCELERATED)
     if alone:
@@ -151,16 +152,16 @@ def scores(track: str, trained: Sequence[Domain], tested: Sequence[Domain], head
     before, truth, letters = classes(trained, track), classes(tested, track), TRACKS[track]
     share = np.bincount(before, minlength=len(letters)) / len(before)
     acids = [np.array([AMINO_ACIDS.index(x) for one in some for x in one.sequence]) for some in (trained, tested)]
-    table = shared.confusion(acids[0], before, len(AMINO_ACIDS), len(letters))
+    table = measures.confusion(acids[0], before, len(AMINO_ACIDS), len(letters))
     lookup = (table + share).argmax(1)[acids[1]]  # an amino acid never seen gets the commonest class
     groups = np.unique([domain.superfamily for domain in tested for _ in domain.sequence], return_inverse=True)[1]
 
     def row(name: str, right: np.ndarray, guess: np.ndarray | None = None) -> dict[str, Any]:
-        made = {"": name} | dict(zip(("accuracy", "low", "high"), shared.clustered(right, groups), strict=True))
+        made = {"": name} | dict(zip(("accuracy", "low", "high"), measures.clustered(right, groups), strict=True))
         if guess is not None:
-            counts = shared.confusion(truth, guess, len(letters), len(letters))
+            counts = measures.confusion(truth, guess, len(letters), len(letters))
             f1 = 2 * counts.diagonal() / (counts.sum(0) + counts.sum(1)).clip(min=1)
-            gain = shared.clustered(right.astype(float) - (lookup == truth), groups)
+            gain = measures.clustered(right.astype(float) - (lookup == truth), groups)
             made["macro F1"] = f1[np.unique(truth)].mean().item()  # over the classes that occur
             made["gain"] = "" if guess is lookup else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)
         return made

@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import alignment
+import answers
+import measures
 import shared
 from shared import Pair, Question
 
@@ -55,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows, everywhere, curves = [], [], {}
     if "model" in options.methods:
-        model, tokenizer = shared.tuned(options, questions("train"), results)
+        model, tokenizer = answers.tuned(options, questions("train"), results)
         asked = [question(pair) for pair in test]
-        margins, seconds = shared.asked(model, tokenizer, asked, ANSWERS, options, results)
+        margins, seconds = answers.asked(model, tokenizer, asked, ANSWERS, options, results)
         curves["model"] = named(test, margins)
         rows += table(test, "model", curves["model"], 0.0, "its answer", seconds)
         del model
@@ -118,8 +120,8 @@ def table(pairs: Sequence[Pair], method: str, scores: Scores, cut: float, rule: 
     for level in LEVELS:
         positive, negative = sides(pairs, scores, level)
         right = [score > cut for score in positive] + [score <= cut for score in negative]
-        rows.append({"method": method, "level": level, "homologous if": rule, **shared.accuracy(right)})
-        rows[-1] |= shared.auc(positive, negative) | {"seconds": seconds}
+        rows.append({"method": method, "level": level, "homologous if": rule, **measures.accuracy(right)})
+        rows[-1] |= measures.auc(positive, negative) | {"seconds": seconds}
     return rows
 
 
@@ -131,7 +133,7 @@ def picture(pairs: Sequence[Pair], curves: dict[str, Scores], results: shared.Re
             positive, negative = sides(pairs, scores, level)
             cuts = sorted({*positive, *negative}, reverse=True)
             x, y = ([0.0, *(sum(s >= c for s in side) / len(side) for c in cuts)] for side in (negative, positive))
-            found = shared.auc(positive, negative)
+            found = measures.auc(positive, negative)
             interval = f" ({found['auc low']:.2f} to {found['auc high']:.2f})" if found["auc low"] >= 0 else ""
             panel.plot(x, y, color=COLOURS[method], lw=WIDTHS[method], label=f"{method}: {found['auc']:.3f}{interval}")
         panel.plot([0, 1], [0, 1], color="grey", lw=1, ls=":", label="chance: 0.5")
@@ -144,7 +146,7 @@ def picture(pairs: Sequence[Pair], curves: dict[str, Scores], results: shared.Re
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = shared.parser(__doc__, "homology")
-    shared.tuning(parser, 30)
+    answers.tuning(parser, 30)
     methods = ("model", *alignment.COMMANDS)
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="default: all of them")
     parser.add_argument("--esm", type=Path, help="directory of an ESM-2 checkpoint, for a row of its own")

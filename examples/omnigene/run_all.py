@@ -37,9 +37,38 @@ class Job:
     processes: int = 1
 
 
+TUNE = "--steps 40 --lr 2e-3"  # what a small model needs; the default is a checkpoint's
 JOBS = {
-    "cpt": Job("cpt.py", "--compare", "--steps 4"),
-    "sft": Job("sft.py", "--compare --model {cpt}/model", "--steps 4", ("cpt",)),
+    "cpt": Job("cpt.py", "--compare", "--steps 3 --batch 2 --length 128"),
+    "sft": Job(
+        "sft.py", f"--compare --model {{cpt}}/model {TUNE}", "--steps 3 --batch 2 --length 400 --limit 8", ("cpt",)
+    ),
+    "audit": Job(
+        "audit.py",
+        "--compare --models {cpt}/base {cpt}/model {sft}/model --length 128",
+        "--length 48 --texts 4 --pairs 4 --permutations 50",
+        ("cpt", "sft"),
+    ),
+    "homology": Job("homology.py", "--compare --model {sft}/model", "--limit 4", ("sft",)),
+    "true_false": Job("true_false.py", "--compare --model {sft}/model", "--limit 4", ("sft",)),
+    "dual_head": Job("dual_head.py", "--compare --model {cpt}/model", "--steps 2 --batch 2 --limit 6", ("cpt",)),
+    "multimodal": Job("multimodal.py", "--compare", "--steps 2 --limit 6"),
+    "ddp": Job(
+        "cpt.py",
+        "--compare --model {cpt}/base --steps 10 --batch 4",
+        "--steps 2 --batch 1 --length 64",
+        ("cpt",),
+        processes=2,
+    ),
+    "fsdp": Job(
+        "cpt.py",
+        "--compare --model {cpt}/base --steps 10 --batch 4 --fsdp",
+        "--steps 2 --batch 1 --length 64",
+        ("cpt",),
+        processes=2,
+    ),
+    "expert_parallel": Job("expert_parallel.py", "--compare --model {cpt}/base", "", ("cpt",), processes=2),
+    "audit_dask": Job("audit_dask.py", "{audit}/traces/accelerated/sft", "", ("audit",)),
 }
 
 

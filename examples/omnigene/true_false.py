@@ -19,6 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import alignment
+import answers
+import measures
 import shared
 from shared import Question
 
@@ -96,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train = questions("train", options.masked)
     test = questions("test", options.masked, options.limit)
 
-    model, tokenizer = shared.tuned(options, train, results)
-    margins, seconds = shared.asked(model, tokenizer, test, ANSWERS, options, results)
+    model, tokenizer = answers.tuned(options, train, results)
+    margins, seconds = answers.asked(model, tokenizer, test, ANSWERS, options, results)
     cut = alignment.threshold([overlap(each) for each in train], [each.answer == ANSWERS[0] for each in train])
     rows = table("model", "its answer", test, margins, 0.0)
     rows += table("overlap of words", f"overlap > {cut:.3g}", test, [overlap(each) for each in test], cut)
@@ -122,10 +124,10 @@ def table(method: str, rule: str, asked: Sequence[Question], scores: Sequence[fl
         right[each.group].append((score > cut) == (each.answer == ANSWERS[0]))
     start = {"method": method, "true if": rule}
     chance = sum(0.5 ** len(each) for each in right.values()) / len(right)
-    statements = shared.accuracy(itertools.chain(*right.values())) | {"chance": 0.5}
+    statements = measures.accuracy(itertools.chain(*right.values())) | {"chance": 0.5}
     return [
-        start | {"of": "statements"} | statements | shared.auc(*sides.values()),
-        start | {"of": "terms"} | shared.accuracy(map(all, right.values())) | {"chance": chance},
+        start | {"of": "statements"} | statements | measures.auc(*sides.values()),
+        start | {"of": "terms"} | measures.accuracy(map(all, right.values())) | {"chance": chance},
     ]
 
 
@@ -146,7 +148,7 @@ def picture(rows: list[dict], results: shared.Results) -> None:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = shared.parser(__doc__, "true_false")
-    shared.tuning(parser, 30)
+    answers.tuning(parser, 30)
     parser.add_argument("--masked", action="store_true", help="hide the words of the term's name in the statement")
     parser.add_argument("--limit", type=int, help="terms of the test, at least 2 (default: all)")
     options = parser.parse_args(argv)

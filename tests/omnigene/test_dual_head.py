@@ -16,7 +16,7 @@ from omnigene_fast.heads import TRACKS, DualHead, ResidueHeads
 from .helpers import load
 
 script = load("dual_head")
-shared = load("shared")
+shared, measures = load("shared"), load("measures")
 TINY = ["--steps", "2", "--batch", "2", "--limit", "6", "--rank", "4", "--threads", "1"]
 
 
@@ -61,7 +61,7 @@ def test_the_interval_is_that_of_groups():
     sizes = generator.integers(1, 60, 80)
     groups = np.repeat(np.arange(80), sizes)
     values = (generator.random(len(groups)) < np.repeat(generator.random(80), sizes)).astype(float)
-    mean, low, high = shared.clustered(values, groups)
+    mean, low, high = measures.clustered(values, groups)
     assert mean == pytest.approx(values.mean())
     draws = []
     members = [values[groups == g] for g in range(80)]
@@ -69,7 +69,7 @@ def test_the_interval_is_that_of_groups():
         drawn = np.concatenate([members[g] for g in generator.integers(0, 80, 80)])
         draws.append(drawn.mean())
     assert (high - low) / 2 / 1.96 == pytest.approx(np.std(draws), rel=0.1)
-    single = shared.clustered(values, np.arange(len(values)))  # negative control: as if residues were independent
+    single = measures.clustered(values, np.arange(len(values)))  # negative control: as if residues were independent
     assert (single[2] - single[1]) / 2 / 1.96 == pytest.approx(values.std() / len(values) ** 0.5, rel=0.01)
     assert high - low > 2 * (single[2] - single[1])
 

@@ -12,6 +12,7 @@ from scipy.stats import mannwhitneyu
 from .helpers import load
 
 homology, alignment, shared = load("homology"), load("alignment"), load("shared")
+answers, measures = load("answers"), load("measures")
 
 # README of the data, all 800 pairs: AUC of standard and remote pairs.
 REFERENCE = {
@@ -128,13 +129,13 @@ def test_threshold_is_the_best_of_all():
 
 def test_intervals_of_a_perfect_separation():
     """Newcombe's interval solves its own equation, and DeLong's takes over where scores overlap."""
-    low = shared.auc([3.0] * 96, [1.0] * 80)["auc low"]
+    low = measures.auc([3.0] * 96, [1.0] * 80)["auc low"]
     size = 88
     variance = low * (1 - low) / (96 * 80) * (1 + (size - 1) * ((1 - low) / (2 - low) + low / (1 + low)))
     assert (1 - low) / math.sqrt(variance) == pytest.approx(1.96, rel=1e-6)
-    assert shared.auc([1.0] * 96, [3.0] * 80) == pytest.approx({"auc": 0.0, "auc low": 0.0, "auc high": 1 - low})
-    assert math.isnan(shared.auc([1.0] * 9, [1.0] * 8)["auc low"])
-    assert 0 < shared.auc([1.0, 3.0, 4.0], [0.0, 2.0, 1.5])["auc low"] < 1
+    assert measures.auc([1.0] * 96, [3.0] * 80) == pytest.approx({"auc": 0.0, "auc low": 0.0, "auc high": 1 - low})
+    assert math.isnan(measures.auc([1.0] * 9, [1.0] * 8)["auc low"])
+    assert 0 < measures.auc([1.0, 3.0, 4.0], [0.0, 2.0, 1.5])["auc low"] < 1
 
 
 @pytest.fixture(scope="module")
@@ -211,23 +212,23 @@ def test_training_teaches_and_merging_keeps_it(base, tmp_path, monkeypatch):
     lesson = [shared.Question(f"{letter}? ", "no", "") for letter in "abcdefgh"]
     before, _ = shared.load(options)
     tokenizer = shared.load_tokenizer(base)
-    inputs = shared.prompt_batches(tokenizer, lesson, 8, torch.device("cpu"))[0][1]
-    first = shared.first_tokens(tokenizer, homology.ANSWERS)
+    inputs = answers.prompt_batches(tokenizer, lesson, 8, torch.device("cpu"))[0][1]
+    first = answers.first_tokens(tokenizer, homology.ANSWERS)
     seen = []
     merge = LoraModel.merge_and_unload
 
     def watched(self, *args, **kwargs):
         self.model.eval()
-        seen.append(shared.margins(self.model, inputs, first))
+        seen.append(answers.margins(self.model, inputs, first))
         return merge(self, *args, **kwargs)
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", watched)
-    model, _ = shared.tuned(options, lesson, shared.Results(options, "", ""))
-    after = shared.margins(model, inputs, first)
+    model, _ = answers.tuned(options, lesson, shared.Results(options, "", ""))
+    after = answers.margins(model, inputs, first)
     torch.testing.assert_close(after, seen[0], rtol=1e-3, atol=1e-3)
     assert (after < -1).all()
-    assert (shared.margins(before, inputs, first).abs() < 1).all()
-    assert all(text.startswith("no") for text in shared.generated(model, tokenizer, inputs, 3))
+    assert (answers.margins(before, inputs, first).abs() < 1).all()
+    assert all(text.startswith("no") for text in answers.generated(model, tokenizer, inputs, 3))
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 
