@@ -51,7 +51,9 @@ JOBS = {
     ),
     "homology": Job("homology.py", "--compare --model {sft}/model", "--limit 4", ("sft",)),
     "true_false": Job("true_false.py", "--compare --model {sft}/model", "--limit 4", ("sft",)),
-    "dual_head": Job("dual_head.py", "--compare --model {cpt}/model", "--steps 2 --batch 2 --limit 6", ("cpt",)),
+    "dual_head": Job(
+        "dual_head.py", "--compare --model {cpt}/model --lr 2e-3", "--steps 2 --batch 2 --limit 6", ("cpt",)
+    ),
     "multimodal": Job("multimodal.py", "--compare", "--steps 2 --limit 6"),
     "ddp": Job(
         "cpt.py",
