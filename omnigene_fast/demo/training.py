@@ -6,7 +6,7 @@ Shared by `omnigene-fast demo` and examples/train_lora.py.
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ IGNORED = -100  # the label of a token that is not learned
 WARM_UP = 5  # steps of a rising learning rate
 
 Sample = dict[str, list[int]]  # input_ids and labels, equally long
+Collator = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,18 @@ def collate(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
 
 def train(
     model: Any,
-    samples: Sequence[Sample],
+    samples: Sequence[Any],
     plan: Plan,
     *,
     pad: int,
     title: str,
     callbacks: Sequence[TrainerCallback] = (),
+    collator: Collator | None = None,
 ) -> Run:
     """Train what requires a gradient in `model`, in place, and measure.
 
     The order of the samples depends on `plan.seed` alone. `title` labels the progress bar; `callbacks` are Trainer's.
+    `collator` makes a batch, with an attention_mask, of samples that are not `Sample`s, such as those with images.
     """
     device = next(model.parameters()).device
     run = Run()
@@ -118,7 +121,7 @@ def train(
             model=model,
             args=arguments,
             train_dataset=list(samples),
-            data_collator=lambda rows: collate(rows, pad),
+            data_collator=collator or (lambda rows: collate(rows, pad)),
             callbacks=[_Watch(run, plan, device, bar), *callbacks],
         )
         trainer.measured = run
