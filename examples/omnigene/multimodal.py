@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import shared
 import torch
 import train_lora
-from homology import ANSWERS, questions
+from homology import ANSWERS
 from molecules import Molecule, constant_caption, f1, gallery, molecules, split_molecules
 from shared import ACCELERATED, STOCK, Question
-from stages import SMALL_RATE, STAGES, State, adapted, check_towers, samples, state, tower_parameters
+from stages import SMALL_RATE, STAGES, State, adapted, asked, check_towers, samples, state, tower_parameters
 from vision import audit, load
 
 import omnigene_fast
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.compare:
         report_equality(results, done)
     shown = done[shared.ways(options)[-1]]
-    report_states(results, shown, tests, questions("test")[: options.limit])
+    report_states(results, shown, tests, asked(options))
     report_routing(results, options)
     said = list(shown.states.values())[-1].captions
     results.picture(
@@ -65,7 +65,7 @@ def work(options: argparse.Namespace, way: str, tests: Sequence[Molecule]) -> Wo
     model, encoder = load(options)
     if way == ACCELERATED:
         omnigene_fast.accelerate(model)
-    towers = {name: tensor.detach().clone() for name, tensor in tower_parameters(model)}
+    towers = {name: tensor.detach().cpu().clone() for name, tensor in tower_parameters(model)}
     audited = way == shared.ways(options)[-1]
     done = Work(states={"before": state(model, encoder, options, tests)})
     if audited:
@@ -123,10 +123,10 @@ def report_equality(results: shared.Results, done: dict[str, Work]) -> None:
     results.table("Stock and accelerated", rows, note)
 
 
-def report_states(results: shared.Results, shown: Work, tests: Sequence[Molecule], asked: Sequence[Question]) -> None:
+def report_states(results: shared.Results, shown: Work, tests: Sequence[Molecule], pairs: Sequence[Question]) -> None:
     """Captions and homology answers before the stages and after each."""
     before = shown.states["before"].margins > 0
-    right = torch.tensor([question.answer == ANSWERS[0] for question in asked])
+    right = torch.tensor([question.answer == ANSWERS[0] for question in pairs])
     rows = []
     for name, one in shown.states.items():
         yes, apart = one.margins > 0, one.other - one.own
@@ -138,7 +138,7 @@ def report_states(results: shared.Results, shown: Work, tests: Sequence[Molecule
     constant = constant_caption(split_molecules("train"))
     rows.append({"after stage": f"always {constant!r}", "caption F1": f1([constant] * len(tests), tests)})
     note = (
-        f"{len(tests)} test molecules, {len(asked)} pairs of proteins of the test part. F1 of the groups named, of all"
+        f"{len(tests)} test molecules, {len(pairs)} pairs of proteins of the test part. F1 of the groups named, of all"
     )
     note += " molecules together. Images: loss of the right caption in nats per token, with a 95 % interval."
     results.table("Captions, and whether the homology answers are preserved", rows, note)
@@ -158,12 +158,12 @@ def report_routing(results: shared.Results, options: argparse.Namespace) -> None
         error = [some["corrected"] - some["low"], some["high"] - some["corrected"]]
         axis.errorbar(some["layer"], some["corrected"], error, marker="o", capsize=4, color=colour, label=name)
         floor = some["floor_95"] - some["floor"]
-        axis.plot(some["layer"], floor, color=colour, ls=":", label=f"{name}: 95 % of chance")
+        axis.plot(some["layer"], floor, color=colour, ls=":", label=f"{name}, 95 % of chance")
     axis.set(
         xlabel="layer", ylabel="Jensen-Shannon divergence (nats)", xticks=sorted(set(some["layer"])), ylim=(0, None)
     )
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="best")
     note = (
         "Jensen-Shannon divergence in nats, mean over layers, corrected for the noise of few molecules, with its 95 %"
     )
@@ -176,15 +176,26 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = shared.parser(__doc__, "multimodal")
     add = parser.add_argument
-    add("--steps", type=int, default=20, help="optimizer steps of a stage (default: %(default)s)")
-    add("--limit", type=int, default=32, help="test molecules, and test pairs of proteins (default: %(default)s)")
-    add("--length", type=int, default=256, help="characters of a text that are kept (default: %(default)s)")
-    add("--tokens", type=int, default=40, help="tokens of a caption that is generated (default: %(default)s)")
+    add("--steps", type=train_lora.positive, default=30, help="optimizer steps of a stage (default: %(default)s)")
     add(
-        "--lr",
-        type=float,
-        help=f"of all stages (default: the paper's 5e-6, 3e-6, 2e-5; {SMALL_RATE} for the small model)",
+        "--limit",
+        type=train_lora.positive,
+        default=32,
+        help="test molecules, and test pairs of proteins (default: %(default)s)",
     )
+    add(
+        "--length",
+        type=train_lora.positive,
+        default=256,
+        help="characters of a text that are kept (default: %(default)s)",
+    )
+    add(
+        "--tokens",
+        type=train_lora.positive,
+        default=32,
+        help="tokens of a caption that is generated (default: %(default)s)",
+    )
+    add("--lr", type=float, help=f"of all stages (default: the paper's 5e-6, 3e-6, 2e-5; small model {SMALL_RATE})")
     return parser.parse_args(argv)
 
 

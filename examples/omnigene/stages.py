@@ -21,7 +21,7 @@ from vision import Encoder, generated, losses
 
 from omnigene_fast.demo.model import load_texts
 
-SMALL_RATE = 2e-3
+SMALL_RATE = 4e-3  # of the small model
 HOMOLOGY_TIMES = 3  # how often its questions are among the texts, as in the paper's third stage
 
 
@@ -74,7 +74,7 @@ def tower_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 def check_towers(model: Any, before: dict[str, Tensor]) -> None:
     """RuntimeError unless every parameter of the vision tower is what it was and has no gradient."""
     now = dict(tower_parameters(model))
-    changed = [name for name in before | now if name not in now or not torch.equal(now[name], before[name])]
+    changed = [name for name in before | now if name not in now or not torch.equal(now[name].cpu(), before[name])]
     changed += [name for name, parameter in now.items() if parameter.grad is not None or parameter.requires_grad]
     if changed or not now:
         raise RuntimeError(f"training: expected a frozen vision tower, got a change of {changed or 'its names'}.")
@@ -82,16 +82,20 @@ def check_towers(model: Any, before: dict[str, Tensor]) -> None:
 
 def samples(encoder: Encoder, stage: Stage, count: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """`count` samples of the train part, the stage's share of them with an image."""
-    pictures = [encoder.sample(each.question, each.smiles) for each in split_molecules("train")]
-    texts = [encoder.sample(question) for question in questions("train") * HOMOLOGY_TIMES]
+    pictures = [(each.question, each.smiles) for each in split_molecules("train")]
+    texts = [(question, None) for question in questions("train") * HOMOLOGY_TIMES]
     for family, each in load_texts(10**6).items():
         if family != "molecule" and not family.startswith("homology"):  # those hold molecules and domains of the tests
-            texts += [encoder.sample(Question("", text[: options.length], family)) for text in each]
+            texts += [(Question("", text[: options.length], family), None) for text in each]
     order = random.Random(options.seed)
     order.shuffle(pictures)
     order.shuffle(texts)
     seen = round(count * stage.images)
-    return [*itertools.islice(itertools.cycle(pictures), seen), *itertools.islice(itertools.cycle(texts), count - seen)]
+    chosen = [
+        *itertools.islice(itertools.cycle(pictures), seen),
+        *itertools.islice(itertools.cycle(texts), count - seen),
+    ]
+    return [encoder.sample(*each) for each in chosen]
 
 
 @dataclass
@@ -104,12 +108,18 @@ class State:
     other: Tensor  # [M] the same beside another molecule's image
 
 
+def asked(options: argparse.Namespace) -> list[Question]:
+    """`--limit` pairs of proteins of the test part, drawn by the seed."""
+    every = questions("test")
+    return random.Random(options.seed).sample(every, min(options.limit, len(every)))
+
+
 def state(model: Any, encoder: Encoder, options: argparse.Namespace, tests: Sequence[Molecule]) -> State:
     """Answers and captions of the test part, as the model is."""
     first = shared.first_tokens(encoder.tokenizer, ANSWERS)
-    asked = questions("test")[: options.limit]
-    margins = torch.empty(len(asked))
-    for numbers, inputs in shared.prompt_batches(encoder.tokenizer, asked, options.batch, model.device):
+    pairs = asked(options)
+    margins = torch.empty(len(pairs))
+    for numbers, inputs in shared.prompt_batches(encoder.tokenizer, pairs, options.batch, model.device):
         margins[numbers] = shared.margins(model, inputs, first)
     found = State(margins, [], torch.empty(0), torch.empty(0))
     others = [*tests[1:], tests[0]]
@@ -118,7 +128,7 @@ def state(model: Any, encoder: Encoder, options: argparse.Namespace, tests: Sequ
         prompts = encoder.prompts([encoder.prompt(each.question, each.smiles) for each in some])
         found.captions += generated(model, encoder, prompts, options.tokens)
         own = losses(model, encoder, [encoder.sample(each.question, each.smiles) for each in some])
-        pairs = zip(some, wrong, strict=True)
-        other = losses(model, encoder, [encoder.sample(each.question, image.smiles) for each, image in pairs])
+        mixed = zip(some, wrong, strict=True)
+        other = losses(model, encoder, [encoder.sample(each.question, image.smiles) for each, image in mixed])
         found.own, found.other = torch.cat([found.own, own]), torch.cat([found.other, other])
     return found

@@ -106,6 +106,7 @@ def checkpoint(options: argparse.Namespace) -> Path:
             Gemma4Config(text_config=text, vision_config=vision | sizes, audio_config=None, **ids)
         )
         initialise(model, torch.Generator().manual_seed(options.seed))
+        model.model.language_model.norm.weight.data.fill_(0.5)  # frozen: it decides how soon the model can spell
         shared.save(model, shared.byte_tokenizer(SPECIALS), path)
         Gemma4ImageProcessorPil(max_soft_tokens=70, **sizes).save_pretrained(path)
     return path
