@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report_states(results, shown, tests, asked(options))
     report_routing(results, options)
     said = list(shown.states.values())[-1].captions
-    results.picture(
-        gallery(tests[:6], said), "molecules", "Test molecules, and what the model says of them at the end."
-    )
+    results.picture(gallery(tests[:6], said), "molecules", "Test molecules, and what the model says at the end.")
     results.save()
 
 
@@ -112,10 +110,8 @@ def report_equality(results: shared.Results, done: dict[str, Work]) -> None:
     for name, run in stock.runs.items():
         apart = [abs(b - a) / abs(a) for a, b in zip(run.losses, ours.runs[name].losses, strict=True)]
         a, b = stock.states[name], ours.states[name]
-        answers, captions = (
-            (a.margins > 0) == (b.margins > 0),
-            [x == y for x, y in zip(a.captions, b.captions, strict=True)],
-        )
+        answers = (a.margins > 0) == (b.margins > 0)
+        captions = [x == y for x, y in zip(a.captions, b.captions, strict=True)]
         row = {"stage": name, "losses of ten steps": f"{max(apart[:10]):.1e}", "all losses": f"{max(apart):.1e}"}
         row |= {"homology answers equal": f"{int(answers.sum())} of {len(answers)}"}
         rows.append(row | {"captions equal": f"{sum(captions)} of {len(captions)}"})
@@ -138,7 +134,7 @@ def report_states(results: shared.Results, shown: Work, tests: Sequence[Molecule
     constant = constant_caption(split_molecules("train"))
     rows.append({"after stage": f"always {constant!r}", "caption F1": f1([constant] * len(tests), tests)})
     note = (
-        f"{len(tests)} test molecules, {len(pairs)} pairs of proteins of the test part. F1 of the groups named, of all"
+        f"{len(tests)} test molecules, {len(pairs)} test pairs of proteins. F1: of the groups that are named, over all"
     )
     note += " molecules together. Images: loss of the right caption in nats per token, with a 95 % interval."
     results.table("Captions, and whether the homology answers are preserved", rows, note)
@@ -159,14 +155,10 @@ def report_routing(results: shared.Results, options: argparse.Namespace) -> None
         axis.errorbar(some["layer"], some["corrected"], error, marker="o", capsize=4, color=colour, label=name)
         floor = some["floor_95"] - some["floor"]
         axis.plot(some["layer"], floor, color=colour, ls=":", label=f"{name}, 95 % of chance")
-    axis.set(
-        xlabel="layer", ylabel="Jensen-Shannon divergence (nats)", xticks=sorted(set(some["layer"])), ylim=(0, None)
-    )
+    axis.set(xlabel="layer", ylabel="Jensen-Shannon divergence (nats)", xticks=list(some["layer"]), ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(loc="best")
-    note = (
-        "Jensen-Shannon divergence in nats, mean over layers, corrected for the noise of few molecules, with its 95 %"
-    )
+    note = "Jensen-Shannon divergence in nats, mean over layers, corrected for the molecules' noise, with its 95 %"
     note += " interval; floor: what it stays below in 95 % of the cases if the two are routed alike."
     results.table("Routing of image and text tokens", rows, note)
     results.picture(figure, "routing", "Image tokens against the text tokens beside them, in each layer.")
@@ -176,25 +168,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = shared.parser(__doc__, "multimodal")
     add = parser.add_argument
-    add("--steps", type=train_lora.positive, default=30, help="optimizer steps of a stage (default: %(default)s)")
-    add(
-        "--limit",
-        type=train_lora.positive,
-        default=32,
-        help="test molecules, and test pairs of proteins (default: %(default)s)",
-    )
-    add(
-        "--length",
-        type=train_lora.positive,
-        default=256,
-        help="characters of a text that are kept (default: %(default)s)",
-    )
-    add(
-        "--tokens",
-        type=train_lora.positive,
-        default=32,
-        help="tokens of a caption that is generated (default: %(default)s)",
-    )
+    for name, default, what in (
+        ("steps", 20, "optimizer steps of a stage"),
+        ("limit", 32, "test molecules, and test pairs of proteins"),
+        ("length", 256, "characters of a text that are kept"),
+        ("tokens", 32, "tokens of a caption that is generated"),
+    ):
+        add(f"--{name}", type=train_lora.positive, default=default, help=f"{what} (default: {default})")
     add("--lr", type=float, help=f"of all stages (default: the paper's 5e-6, 3e-6, 2e-5; small model {SMALL_RATE})")
     return parser.parse_args(argv)
 
