@@ -70,11 +70,28 @@ def encode_bytes(texts: list[str], length: int) -> Batch:
 
 def small_model(size: Size, device: torch.device, seed: int = 0) -> tuple[Any, Encode, str]:
     """A Gemma4ForCausalLM of `size` in bfloat16 with random weights, its encoder, and a line that describes it."""
-    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+    from transformers import Gemma4ForCausalLM
 
-    config = Gemma4TextConfig(
-        vocab_size=BYTES + 256,
-        vocab_size_per_layer_input=BYTES + 256,
+    config = text_config(size)
+    model = Gemma4ForCausalLM(config)
+    initialise(model, torch.Generator().manual_seed(seed))
+    model = model.to(device, torch.bfloat16).eval()
+    kinds = config.layer_types or []
+    title = (
+        f"model: Gemma4ForCausalLM with random weights (seed {seed}), {_millions(model)} in bfloat16:"
+        f" {size.layers} layers ({kinds.count('sliding_attention')} sliding, {kinds.count('full_attention')} full"
+        f" attention), H={size.H}, I={size.I}, E={size.E}, K={size.K}, a dense MLP beside the experts; tokens are bytes"
+    )
+    return model, encode_bytes, title
+
+
+def text_config(size: Size, vocabulary: int = BYTES + 256) -> Any:
+    """The Gemma4TextConfig of `size` with byte tokens; `vocabulary` counts them and what follows them."""
+    from transformers import Gemma4TextConfig
+
+    return Gemma4TextConfig(
+        vocab_size=vocabulary,
+        vocab_size_per_layer_input=vocabulary,
         hidden_size=size.H,
         hidden_size_per_layer_input=0,
         intermediate_size=3 * size.I,
@@ -95,16 +112,6 @@ def small_model(size: Size, device: torch.device, seed: int = 0) -> tuple[Any, E
         eos_token_id=EOS,
         bos_token_id=BOS,
     )
-    model = Gemma4ForCausalLM(config)
-    _initialise(model, torch.Generator().manual_seed(seed))
-    model = model.to(device, torch.bfloat16).eval()
-    kinds = config.layer_types or []
-    title = (
-        f"model: Gemma4ForCausalLM with random weights (seed {seed}), {_millions(model)} in bfloat16:"
-        f" {size.layers} layers ({kinds.count('sliding_attention')} sliding, {kinds.count('full_attention')} full"
-        f" attention), H={size.H}, I={size.I}, E={size.E}, K={size.K}, a dense MLP beside the experts; tokens are bytes"
-    )
-    return model, encode_bytes, title
 
 
 def load_checkpoint(path: Path, device: torch.device) -> tuple[Any, Encode, str]:
@@ -127,7 +134,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Any, Encode, str]
     return model, encode, f"model: {type(model).__name__} from {path}, {_millions(model)} in bfloat16"
 
 
-def _initialise(model: nn.Module, generator: torch.Generator) -> None:
+def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Weights with which a random model behaves a little like a trained one.
 
     Activations stay near unit size; what a layer adds to the residual is smaller than the residual; the router's logits
@@ -141,7 +148,7 @@ def _initialise(model: nn.Module, generator: torch.Generator) -> None:
             parameter.data.fill_(0.25)
         elif name.endswith("per_expert_scale"):
             parameter.data.uniform_(0.8, 1.2, generator=generator)
-        elif name == "model.norm.weight":
+        elif name in ("model.norm.weight", "model.language_model.norm.weight"):
             parameter.data.fill_(0.1)  # small logits: the loss of the untrained model is about ln(vocabulary)
         elif parameter.dim() == 1:
             parameter.data.fill_(1.0)

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ IGNORED = -100  # the label of a token that is not learned
 WARM_UP = 5  # steps of a rising learning rate
 
 Sample = dict[str, list[int]]  # input_ids, labels and any further labels, equally long
+Collator = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,18 @@ def collate(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
 
 def train(
     model: Any,
-    samples: Sequence[Sample],
+    samples: Sequence[Any],
     plan: Plan,
     *,
     pad: int,
     title: str,
     callbacks: Sequence[TrainerCallback] = (),
+    collator: Collator | None = None,
 ) -> Run:
     """Train what requires a gradient in `model`, in place, and measure.
 
     The order of the samples depends on `plan.seed` alone. `title` labels the progress bar; `callbacks` are Trainer's.
+    `collator` makes a batch, with an attention_mask, of samples that are not `Sample`s, such as those with images.
     """
     device = next(model.parameters()).device
     rank, world = join()
@@ -147,7 +150,7 @@ def train(
             model=model,
             args=arguments,
             train_dataset=list(samples),
-            data_collator=lambda rows: collate(rows, pad),
+            data_collator=collator or (lambda rows: collate(rows, pad)),
             callbacks=[_Watch(run, plan, device, bar), *callbacks],
         )
         trainer.measured = run

@@ -627,6 +627,40 @@ def test_conditional_generation_and_autocast(tmp_path):
     assert_recorded(tmp_path / "autocast", made.forwards(), [rows_of(mask)])
 
 
+@backends
+def test_images(tmp_path, backend):
+    """The tokens of an image are recorded under the image token's id, and a document for each kind counts apart."""
+    model = helpers.gemma4_conditional()
+    model.config.image_token_id = 290
+    if backend != "stock":
+        omnigene_fast.accelerate(model, backend=backend)
+    ids, mask = padded_batch()
+    image = torch.zeros_like(mask)
+    image[:, 2:6] = mask[:, 2:6]
+    ids = torch.where(image.bool(), 290, torch.where(ids == 290, 291, ids))
+    grid = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).flatten(0, 1)
+    count = int(image.sum()) // 4  # images of 4 x 4 patches, 2 x 2 of them pooled
+    assert count * 4 == image.sum()
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": image,
+        "pixel_values": torch.rand(count, 16, 3 * 4 * 4, generator=torch.Generator().manual_seed(0)),
+        "image_position_ids": grid.expand(count, 16, 2),
+    }
+    with torch.no_grad(), Routers(model) as made, omnigene_fast.trace(model, tmp_path / "run") as tr:
+        tr.label(doc_ids=image)
+        model(**inputs)
+    run = omnigene_fast.open_trace(tmp_path / "run")
+    ((_, _, index),) = made.forwards()
+    for document, of in enumerate((mask.bool() & ~image.bool(), image.bool())):
+        expected = torch.nn.functional.one_hot(index[:, of.flatten()], EXPERTS).sum((1, 2))
+        assert np.array_equal(run.counts[document], expected.numpy())
+    for _, records in run.iter_documents():
+        of = image.bool() if records.doc[0] else mask.bool() & ~image.bool()
+        assert records.token.tolist() == ids[of].tolist()
+
+
 def test_inner_models_and_embeddings(tmp_path):
     model = prepared("reference")
     ids = tokens(2, 6)
