@@ -54,7 +54,7 @@ JOBS = {
     "dual_head": Job(
         "dual_head.py", "--compare --model {cpt}/model --lr 2e-3", "--steps 2 --batch 2 --limit 6", ("cpt",)
     ),
-    "multimodal": Job("multimodal.py", "--compare", "--steps 2 --limit 6"),
+    "multimodal": Job("multimodal.py", "--compare", "--steps 1 --limit 4 --batch 2 --tokens 8"),
     "ddp": Job(
         "cpt.py",
         "--compare --model {cpt}/base --steps 10 --batch 4",
