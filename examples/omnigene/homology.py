@@ -5,6 +5,7 @@
     python examples/omnigene/homology.py --model CKPT                a checkpoint as it is; with --steps trained first
     python examples/omnigene/homology.py --esm PATH                  a row for a local ESM-2 checkpoint
     python examples/omnigene/homology.py --methods model diamond     without MMseqs2
+    python examples/omnigene/homology.py --model CKPT --template "{a}\\n{b}\\nRelated? " --answers Yes No
 
 Pairs are standard (homologues of at least 40 % identity) or remote (below 25 %); no superfamily is in training and in
 test pairs. The model answers by one prefill: the logit of "yes" less that of "no" is its score, and `generate` shows
@@ -12,6 +13,7 @@ that these are its answers.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,21 +27,24 @@ from shared import Pair, Question
 
 LEVELS = ("standard", "remote")
 ANSWERS = ("yes", "no")
+TEMPLATE = "### Sequence 1:\n{a}\n\n### Sequence 2:\n{b}\n\nHomologous? "
 METHODS = ("model", *(name for commands in alignment.COMMANDS.values() for name in commands), "ESM-2, cosine")
 COLOURS = dict(zip(METHODS, ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"), strict=True))
 WIDTHS = dict(zip(METHODS, (1.5, 6, 4, 2, 1.5), strict=True))  # a curve that lies on another hides nothing
 Scores = dict[str, float]  # by the name of the pair's first domain: no domain is in two pairs
 
 
-def question(pair: Pair) -> Question:
-    """The pair as a question with the answer "yes" or "no"; its group is the pair's level."""
-    prompt = f"### Sequence 1:\n{pair.a.sequence}\n\n### Sequence 2:\n{pair.b.sequence}\n\nHomologous? "
-    return Question(prompt, ANSWERS[not pair.homologous], pair.level)
+def question(pair: Pair, template: str = TEMPLATE, words: Sequence[str] = ANSWERS) -> Question:
+    """The pair as a question, with the first of two words as the answer if it is homologous; its group is its level."""
+    prompt = template.replace("{a}", pair.a.sequence).replace("{b}", pair.b.sequence)
+    return Question(prompt, words[not pair.homologous], pair.level)
 
 
-def questions(part: str, level: str | None = None) -> list[Question]:
+def questions(
+    part: str, level: str | None = None, template: str = TEMPLATE, words: Sequence[str] = ANSWERS
+) -> list[Question]:
     """The pairs of "train" or "test" as questions, of one level or of both."""
-    return [question(pair) for pair in shared.split_pairs(part) if level in (None, pair.level)]
+    return [question(pair, template, words) for pair in shared.split_pairs(part) if level in (None, pair.level)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows, everywhere, curves = [], [], {}
     if "model" in options.methods:
-        model, tokenizer = answers.tuned(options, questions("train"), results)
-        asked = [question(pair) for pair in test]
-        margins, seconds = answers.asked(model, tokenizer, asked, ANSWERS, options, results)
+        form = {"template": options.template, "words": options.answers}
+        model, tokenizer = answers.tuned(options, questions("train", **form), results)
+        asked = [question(pair, **form) for pair in test]
+        margins, seconds = answers.asked(model, tokenizer, asked, tuple(options.answers), options, results)
         curves["model"] = named(test, margins)
         rows += table(test, "model", curves["model"], 0.0, "its answer", seconds)
         del model
@@ -78,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.table(
         f"Homology, {len(test)} test pairs of {len(families)} superfamilies",
         rows,
-        "The model's answer is yes or no. The other methods have a score, and the threshold that is right for most"
-        f" training pairs of both levels; a pair without a hit up to E = 10 scores 0. Seconds: the model's for the test"
-        f" pairs; those of the others for all {len(everything)} pairs, which one search covers. Intervals (95 %,"
-        " Wilson; DeLong, or Newcombe at an AUC of 1) are over pairs: no domain is in two pairs, but pairs share"
-        " superfamilies, and intervals over superfamilies would be wider. None where all pairs score the same.",
+        f"The model's answer is {' or '.join(options.answers)}. The other methods have a score, and the threshold that"
+        " is right for most training pairs of both levels; a pair without a hit up to E = 10 scores 0. Seconds: the"
+        f" model's for the test pairs; those of the others for all {len(everything)}, which one search covers."
+        " Intervals (95 %, Wilson; DeLong, or Newcombe at an AUC of 1) are over pairs: no domain is in two, but they"
+        " share superfamilies, and intervals over superfamilies would be wider. None where all pairs score the same.",
     )
     if options.limit is None and everywhere:
         results.table(f"Homology, all {len(everything)} pairs", everywhere, "As above; training pairs are among them.")
@@ -149,11 +155,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     answers.tuning(parser, 30)
     methods = ("model", *alignment.COMMANDS)
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="default: all of them")
+    parser.add_argument("--template", default=TEMPLATE, help=r"the prompt, {a} and {b} the sequences, \n a new line")
+    parser.add_argument("--answers", nargs=2, default=ANSWERS, metavar=("YES", "NO"), help="default: yes no")
     parser.add_argument("--esm", type=Path, help="directory of an ESM-2 checkpoint, for a row of its own")
     parser.add_argument("--limit", type=int, help="pairs of each level in training and test, at least 2 (default: all)")
     options = parser.parse_args(argv)
     if options.limit is not None and options.limit < 2:
         raise ValueError(f"--limit: expected at least 2 pairs, one homologous and one not, got {options.limit}.")
+    options.template = options.template.replace("\\n", "\n")
+    if not {"{a}", "{b}"} <= set(re.findall(r"{\w}", options.template)):
+        raise ValueError(f"--template: expected a text with {{a}} and {{b}}, got {options.template!r}.")
     return options
 
 

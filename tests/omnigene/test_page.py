@@ -10,6 +10,8 @@ from omnigene_fast import accelerate, analysis
 from omnigene_fast.demo.audit import trace_families
 from omnigene_fast.demo.model import Size, load_texts, small_model
 
+from .helpers import FOLDER, load
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "omnigene.md"
 
@@ -84,3 +86,27 @@ def test_the_code_runs_and_its_tables_are_right(page: str, tmp_path: Path) -> No
     assert totals.to_dict() == {e: n for e, n in enumerate(picks.sum(0)) if n}
     pairs = made["pairs"]
     assert made["alone"]["code"] == pytest.approx(pairs[(pairs[["a", "b"]] == "code").any(axis=1)]["corrected"].mean())
+
+
+COMMANDS = re.findall(
+    r"^(?:python|torchrun --nproc_per_node 2) examples/omnigene/(\w+)\.py(.*?)(?:\s+#.*)?$",
+    PAGE.read_text() + (ROOT / "README.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in COMMANDS}))
+def test_the_scripts_have_the_options_that_are_named(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        load(name).main(["--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    named = {option for script, line in COMMANDS for option in re.findall(r"--[\w-]+", line) if script == name}
+    assert named <= known
+
+
+def test_every_script_that_is_named_exists(page: str) -> None:
+    workflow = (ROOT / "README.md").read_text().split("## The OmniGene-4 workflow")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+\.py)", page + workflow)) - {"train_lora.py"}
+    assert {name for name in named if not (FOLDER / name).is_file()} == set()
+    scripts = {path.name for path in FOLDER.glob("*.py") if "def main(" in path.read_text()}
+    assert scripts - {"run_all.py"} <= named
