@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = traced[shared.ways(options)[-1]]
     differentiation(runs, options, results)
     results.table(
-        "growth of expert differentiation by stage, paired by document, corrected, with 95 % intervals",
+        "Growth of expert differentiation by stage, paired by document, corrected, with 95 % intervals",
         analysis.decompose(*runs, permutations=options.permutations)[GROWTH],
         "divergence: mean Jensen-Shannon divergence, in nats; distance: mean of its square root, the scale on which the"
         " paper's text counts.\n  Where the two stages together changed little, a share has no bounds.",
@@ -172,7 +172,7 @@ def differentiation(runs: list[Run], options: argparse.Namespace, results: share
     axes.set(xlabel="layer", ylabel="divergence of families (nats)", ylim=(0, None), xticks=runs[0].layers)
     axes.legend(title="dashed: noise floor")
     results.table(
-        "how differently the families are routed",
+        "How differently the families are routed",
         list(rows.values()),
         "Jensen-Shannon divergence in nats (at most ln 2 = 0.693), mean over pairs of families, corrected, with 95 %"
         " intervals;\n  floor: what it stays below in 95 % of the cases if the families do not differ.",
@@ -183,7 +183,7 @@ def differentiation(runs: list[Run], options: argparse.Namespace, results: share
 
 def compare(traced: dict[str, list[Run]], measured: dict[str, Any], results: shared.Results) -> None:
     """Tables of the trace by hooks on the stock model beside that of the gate: what it takes, what it records."""
-    results.table("tracing the families", shared.side_by_side(measured))
+    results.table("Tracing the families", shared.side_by_side(measured))
     rows = []
     for stock, ours in zip(*traced.values(), strict=True):
         table = analysis.replay_distance(stock, ours)
@@ -193,7 +193,7 @@ def compare(traced: dict[str, list[Run]], measured: dict[str, Any], results: sha
         first = 1 - table["differing"].iloc[0]
         rows[-1] |= {"same set": f"{1 - other / number:.4%}", "in the first layer": f"{first:.4%}"}
     results.table(
-        "experts recorded by hooks on the stock model and by the gate of the accelerated one",
+        "Experts recorded by hooks on the stock model and by the gate of the accelerated one",
         rows,
         f"In {ours.meta['dtype']}. Two experts that are nearly equal change places by rounding, in bfloat16 far more"
         " often than in float32;\n  what follows differs then, and so does more from layer to layer.",

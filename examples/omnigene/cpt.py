@@ -75,10 +75,10 @@ def stage(
     arguments += ["--threads", options.threads] if options.threads else []
     runs = train_lora.main([*map(str, arguments), *more])
     if rank == 0:
-        results = shared.Results(options, title, about)
+        several = f", {world} processes by {'FSDP2' if options.fsdp else 'DDP'}" if world > 1 else ""
+        results = shared.Results(options, title + several, about)
         results.table("Loss in nats per token", losses(runs), bound(runs))
-        note = f"{world} processes, {'FSDP2' if options.fsdp else 'DDP'}" if world > 1 else ""
-        results.table("Speed and memory", shared.side_by_side(runs), note)
+        results.table("Speed and memory", shared.side_by_side(runs))
         results.picture(curves(runs), "loss", f"{title}: the losses{' of both ways' if len(runs) > 1 else ''}.")
         results.link(options.out / "model" / "config.json", "checkpoint")
         results.save()

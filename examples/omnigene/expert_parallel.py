@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from omnigene_fast.bench.memory import peak_bytes
 from omnigene_fast.demo.model import load_texts
 from omnigene_fast.demo.training import join, wait
 
@@ -32,12 +33,13 @@ EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 @dataclass
 class Outcome:
-    """What a forward and a backward give: logits [B, S, V], loss, gradients of routers and experts; tokens/s."""
+    """What a forward and a backward give: logits [B, S, V], loss, gradients of routers and experts; tokens/s, peak."""
 
     logits: Tensor
     loss: Tensor
     gradients: dict[str, Tensor]
     speed: float
+    peak: int | None  # bytes beyond the model, in the first process
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
@@ -61,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         model, tokenizer = shared.load(options, path)
         batch = inputs(tokenizer, options)
         whole = expert_bytes(model)
-        alone = {
-            way: step(shared.switch(model, way), batch, options.rounds) for way in (shared.STOCK, shared.ACCELERATED)
-        }
+        measured = dict.fromkeys((shared.STOCK, *shared.ways(options)))  # stock is the measure
+        alone = {way: step(shared.switch(model, way), batch, options.rounds) for way in measured}
         del model
     wait()  # the first process had the cores for itself
     batch = shared_inputs(batch)
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     results.table(
         "Forward and backward", rows, f"{batch['attention_mask'].sum()} tokens in a batch, the same for all processes"
     )
+    results.table(f"Speed and memory of {world} processes", shared.side_by_side(many))
     results.save()
     return apart
 
@@ -110,7 +112,7 @@ def shared_inputs(batch: dict[str, Tensor] | None) -> dict[str, Tensor]:
 
 
 def sharded(options: argparse.Namespace, path: Any, world: int) -> Any:
-    """The model with this process' share of the experts; everything else is whole."""
+    """The model with this process' share of the experts, of attention and of the dense MLP."""
     from transformers import AutoConfig, AutoModelForCausalLM, DistributedConfig
 
     experts = AutoConfig.from_pretrained(path).get_text_config().num_experts
@@ -136,13 +138,16 @@ def step(model: Any, batch: dict[str, Tensor], rounds: int) -> Outcome:
         for name, parameter in model.named_parameters()
         if ROUTERS in name or name.endswith(EXPERTS)
     }
+    peak = peak_bytes(once, out.loss.device)
     begin = time.perf_counter()
     for _ in range(rounds):
         once()
     seconds = time.perf_counter() - begin
     tokens = int(batch["attention_mask"].sum())
     real = batch["attention_mask"].bool()
-    return Outcome(whole(out.logits.detach())[real], whole(out.loss.detach()), gradients, rounds * tokens / seconds)
+    return Outcome(
+        whole(out.logits.detach())[real], whole(out.loss.detach()), gradients, rounds * tokens / seconds, peak
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:

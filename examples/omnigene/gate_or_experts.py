@@ -45,7 +45,7 @@ def audit(model: Any, encode: Any, families: Run, options: argparse.Namespace, r
     )
     pooled = analysis.differentiation(families, permutations=options.permutations)
     results.table(
-        f"does the gate decide the answer? {families.name}, Jensen-Shannon divergence in nats",
+        f"Does the gate decide the answer? {families.name}, Jensen-Shannon divergence in nats",
         rows(table, pooled, families.layers),
         "js: mean over pairs; floor: what chance gives at that number of tokens; corrected: js - floor, with its 95 %"
         " interval;\n  re-paired: js of sequences put together at random; p: of js as far from that by chance. Tokens"

@@ -160,10 +160,27 @@ def write_page(options: argparse.Namespace, outcomes: dict[str, Outcome]) -> Non
                 part["data"] = base64.b64encode((options.out / name / part["file"]).read_bytes()).decode()
         sections.append({"name": name, "outcome": outcome, **content})
     page = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = page.get_template("page.html.jinja").render(sections=sections, quick=options.quick, machine=machine())
+    text = page.get_template("page.html.jinja").render(
+        sections=sections, quick=options.quick, machine=machine(), ways=ways(sections)
+    )
     beside = options.out / "index.html.new"
     beside.write_text(text, encoding="utf-8")
     beside.rename(options.out / "index.html")
+
+
+def ways(sections: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Every measurement of stock and accelerated, one after the other in a table of its own, as one row."""
+    rows = []
+    for section in sections:
+        for part in section["parts"]:
+            if part["kind"] == "table" and {"way", "tokens/s", "speed-up"} <= set(part["columns"]):
+                cells = [dict(zip(part["columns"], row, strict=True)) for row in part["rows"]]
+                for stock, ours in zip(cells[::2], cells[1::2], strict=True):
+                    row = {"script": section["name"], "what": stock.get("stage", part["title"])}
+                    row |= {"stock": stock["tokens/s"], "accelerated": ours["tokens/s"], "speed-up": ours["speed-up"]}
+                    row |= {f"MB, {each['way']}": each["peak MB beyond the model"] for each in (stock, ours)}
+                    rows.append(row)
+    return rows
 
 
 def machine() -> str:
