@@ -9,6 +9,7 @@ Everything goes to --out, a folder for each script, and index.html shows the tab
 
 import argparse
 import base64
+import importlib.util
 import json
 import shlex
 import subprocess
@@ -86,8 +87,11 @@ class Outcome:
 def main() -> None:
     """Run the scripts and write the page."""
     options = arguments()
+    if importlib.util.find_spec("jinja2") is None:
+        sys.exit("run_all: jinja2 is not installed; install it with: pip install jinja2")
     chosen = with_needs(options.only or list(JOBS))
     options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "index.html").unlink(missing_ok=True)  # that of an earlier run
     outcomes: dict[str, Outcome] = {}
     running: dict[Any, str] = {}
     waiting = list(chosen)
