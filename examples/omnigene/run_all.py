@@ -134,9 +134,9 @@ def run(name: str, options: argparse.Namespace) -> Outcome:
     job, folder = JOBS[name], options.out / name
     folder.mkdir(exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
-    text = f"{job.arguments} {job.quick}" if options.quick else job.arguments
+    chosen = by_option(job.arguments) | (by_option(job.quick) if options.quick else {})
     places = {other: str(options.out / other) for other in JOBS}
-    each = [part.format(**places) for part in shlex.split(text)]
+    each = [part.format(**places) for option, values in chosen.items() for part in (option, *values) if part]
     threads = options.threads and max(1, options.threads // job.processes)
     each += ["--out", str(folder), *(["--threads", str(threads)] if threads else [])]
     launch = TORCHRUN if job.processes > 1 else ()
@@ -149,6 +149,19 @@ def run(name: str, options: argparse.Namespace) -> Outcome:
     own = [line for line in last if line.startswith(f"{Path(job.script).stem}: ")]
     error = "" if code == 0 else (own or last)[-1][:400]
     return Outcome(shown, time.perf_counter() - begin, error)
+
+
+def by_option(text: str) -> dict[str, list[str]]:
+    """The words of a command line by the option that they follow, "" for those before the first."""
+    found: dict[str, list[str]] = {"": []}
+    option = ""
+    for word in shlex.split(text):
+        if word.startswith("--"):
+            option = word
+            found[option] = []
+        else:
+            found[option].append(word)
+    return found
 
 
 def write_page(options: argparse.Namespace, outcomes: dict[str, Outcome]) -> None:
