@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import answers
+import shared
 import torch
 import train_lora
 from homology import ANSWERS, questions
@@ -21,26 +22,29 @@ from vision import Encoder, generated, losses
 
 from omnigene_fast.demo.model import load_texts
 
-SMALL_RATE = 4e-3  # of the small model
 HOMOLOGY_TIMES = 3  # how often its questions are among the texts, as in the paper's third stage
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the paper: `images` is the share of samples with an image, `rate` its learning rate."""
+    """A stage of the paper: `images` is the share of samples with an image, `rate` its learning rate.
+
+    `small_rate` is the small model's: it learns little at the paper's, and magnifies rounding at higher ones.
+    """
 
     name: str
     rank: int
     images: float
     rate: float
+    small_rate: float
     embedding: bool  # trained
 
 
 # The second takes the first one's embedding and begins its adapter anew, because the rank differs; the third goes on.
 STAGES = (
-    Stage("1 captions", 32, 1.0, 5e-6, True),
-    Stage("2 half text", 64, 0.5, 3e-6, True),
-    Stage("3 mostly text", 64, 0.1, 2e-5, False),
+    Stage("1 captions", 32, 1.0, 5e-6, 3e-3, True),
+    Stage("2 half text", 64, 0.5, 3e-6, 1e-3, True),
+    Stage("3 mostly text", 64, 0.1, 2e-5, 1e-3, False),
 )
 
 
@@ -78,6 +82,19 @@ def check_towers(model: Any, before: dict[str, Tensor]) -> None:
     changed += [name for name, parameter in now.items() if parameter.grad is not None or parameter.requires_grad]
     if changed or not now:
         raise RuntimeError(f"training: expected a frozen vision tower, got a change of {changed or 'its names'}.")
+
+
+def trained(model: Any) -> dict[str, Tensor]:
+    """Copies of the parameters that are trained, on the CPU, by their names."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def put_back(model: Any, before: dict[str, Tensor]) -> None:
+    """Give the parameters that are trained the values of `before`, in place; KeyError if it lacks one."""
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.requires_grad:
+                tensor.copy_(before[name])
 
 
 def samples(encoder: Encoder, stage: Stage, count: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -127,8 +144,13 @@ def state(model: Any, encoder: Encoder, options: argparse.Namespace, tests: Sequ
         some, wrong = tests[at : at + options.batch], others[at : at + options.batch]
         prompts = encoder.prompts([encoder.prompt(each.question, each.smiles) for each in some])
         found.captions += generated(model, encoder, prompts, options.tokens)
-        own = losses(model, encoder, [encoder.sample(each.question, each.smiles) for each in some])
-        mixed = zip(some, wrong, strict=True)
-        other = losses(model, encoder, [encoder.sample(each.question, image.smiles) for each, image in mixed])
+        given = [(each, each) for each in some] + list(zip(some, wrong, strict=True))
+        both = losses(model, encoder, [encoder.sample(each.question, image.smiles) for each, image in given])
+        own, other = both.chunk(2)
         found.own, found.other = torch.cat([found.own, own]), torch.cat([found.other, other])
     return found
+
+
+def states(model: Any, encoder: Encoder, options: argparse.Namespace, tests: Sequence[Molecule]) -> dict[str, State]:
+    """The state by every way of `options`, of the same weights."""
+    return {way: state(shared.switch(model, way), encoder, options, tests) for way in shared.ways(options)}

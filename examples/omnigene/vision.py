@@ -69,7 +69,8 @@ class Encoder:
 
     def batch(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Samples padded on the right, with labels."""
-        return self.with_images(collate(samples, self.tokenizer.pad_token_id), samples)
+        read = [{name: sample[name] for name in ("input_ids", "labels")} for sample in samples]
+        return self.with_images(collate(read, self.tokenizer.pad_token_id), samples)
 
     def prompts(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Samples padded on the left, without labels."""

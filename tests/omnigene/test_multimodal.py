@@ -1,7 +1,5 @@
 import argparse
 import json
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -10,13 +8,14 @@ import torch
 
 import omnigene_fast
 from omnigene_fast.demo.training import IGNORED
+from omnigene_fast.integrations.experts import implementation, is_experts
 
-from .helpers import FOLDER, load
+from .helpers import load
 
 pytest.importorskip("rdkit")
 molecules, vision, stages, shared = load("molecules"), load("vision"), load("stages"), load("shared")
 multimodal = load("multimodal")
-TINY = ["--steps", "1", "--limit", "3", "--batch", "2", "--length", "24", "--tokens", "3", "--threads", "1"]
+TINY = ["--steps", "1", "--limit", "3", "--batch", "3", "--length", "24", "--tokens", "3", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -206,25 +205,84 @@ def test_without_rdkit_one_sentence_says_what_to_install(monkeypatch, tmp_path):
 
 def test_stock_never_accelerates(monkeypatch, tmp_path):
     monkeypatch.setattr(omnigene_fast, "accelerate", lambda *_, **__: pytest.fail("accelerated"))
-    monkeypatch.setattr(multimodal, "STAGES", stages.STAGES[1:2])
+    monkeypatch.setattr(stages, "STAGES", stages.STAGES[1:2])
     multimodal.main(["--stock", *TINY, "--out", str(tmp_path)])
     parts = json.loads((tmp_path / "result.json").read_text())["parts"]
     training = next(part for part in parts if part["title"] == "The three stages")
     assert [row[training["columns"].index("way")] for row in training["rows"]] == ["stock"]
 
 
-def test_both_ways_side_by_side(tmp_path):
-    command = [sys.executable, str(FOLDER / "multimodal.py"), "--compare", *TINY, "--out", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    parts = {
-        part.get("title") or part["file"]: part for part in json.loads((tmp_path / "result.json").read_text())["parts"]
-    }
-    for row in parts["Stock and accelerated"]["rows"]:
-        each = dict(zip(parts["Stock and accelerated"]["columns"], row, strict=True))
-        assert float(each["all losses"]) <= 1e-5
-        assert each["homology answers equal"] == each["captions equal"] == "3 of 3"
-    routing = parts["Routing of image and text tokens"]
-    assert {row[routing["columns"].index("tokens")] for row in routing["rows"]} >= {"image and text"}
+def compared(folder, *given):
+    """The rows of the comparison by stage, the routing's, and the pictures' names, after --compare in this process."""
+    multimodal.main(["--compare", *TINY, *given, "--out", str(folder)])
+    parts = json.loads((folder / "result.json").read_text())["parts"]
+    found = {part.get("title") or part["file"]: part for part in parts}
+
+    def rows(title):
+        return [dict(zip(found[title]["columns"], row, strict=True)) for row in found[title]["rows"]]
+
+    return {row["stage"]: row for row in rows("Stock and accelerated")}, rows, set(found)
+
+
+def test_both_ways_side_by_side(monkeypatch, tmp_path):
+    """Every stage begins in both ways with the same weights, and goes on from what the accelerated training left."""
+    begun, ended = {}, {}
+    train = multimodal.train
+
+    def watched(model, *args, title, **kwargs):
+        begun[title] = stages.trained(model)
+        run = train(model, *args, title=title, **kwargs)
+        ended[title] = stages.trained(model)
+        ways = {implementation(module) for module in model.modules() if is_experts(module)}
+        assert (ways == {"omnigene_fast"}) == title.startswith("accelerated")
+        return run
+
+    monkeypatch.setattr(multimodal, "train", watched)
+    apart, rows, parts = compared(tmp_path, "--steps", "6")
+    assert list(apart) == ["before", *(stage.name for stage in stages.STAGES)]
+    for name, row in apart.items():
+        assert row["homology answers equal"] == row["captions equal"] == "3 of 3"
+        assert float(row["apart"]) < 1e-4 < float(row["margins up to"])
+        if name != "before":
+            assert float(row["losses of ten steps"]) <= 1e-5
+            assert row["losses of ten steps"] == row["all losses"]
+            same(begun[f"stock, {name}"], begun[f"accelerated, {name}"])
+            assert any(
+                not torch.equal(ended[f"stock, {name}"][key], value) for key, value in begun[f"stock, {name}"].items()
+            )
+    second, third = (f"accelerated, {stage.name}" for stage in stages.STAGES[1:])
+    same(begun[third], {name: value for name, value in ended[second].items() if name in begun[third]})
+    losses = {(row["stage"], row["way"]): (row["first loss"], row["last loss"]) for row in rows("The three stages")}
+    assert len(losses) == 6
+    assert all(first != last for first, last in losses.values())
+    assert {row["tokens"] for row in rows("Routing of image and text tokens")} >= {"image and text"}
     for name in ("routing.png", "molecules.png"):
         assert name in parts
         assert (tmp_path / name).stat().st_size > 5000
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_other_experts_in_one_way_show_in_the_comparison(monkeypatch, tmp_path):
+    switch = shared.switch
+
+    def changed(model, way):
+        """The way's model; every second expert of one layer is twice as large in the accelerated one."""
+        model = switch(model, way)
+        (experts,) = (p for name, p in model.named_parameters() if name.endswith("layers.3.experts.down_proj"))
+        with torch.no_grad():
+            kept.setdefault("experts", experts.clone())
+            experts.copy_(kept["experts"])
+            experts[::2] *= 2 if way == shared.ACCELERATED else 1
+        return model
+
+    kept: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(shared, "switch", changed)
+    monkeypatch.setattr(stages, "STAGES", stages.STAGES[:1])
+    apart, _, _ = compared(tmp_path, "--steps", "2")
+    (stage,) = stages.STAGES
+    assert float(apart[stage.name]["losses of ten steps"]) > 1e-5
+    assert float(apart[stage.name]["apart"]) > 1e-4
