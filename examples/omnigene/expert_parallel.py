@@ -6,14 +6,17 @@
 `DistributedConfig(tp_size=..., ep_size=...)` makes `from_pretrained` read a share of the experts, and of attention and
 dense MLP by transformers' tensor-parallel plan; routers are on every process. With `--exchange all_reduce` each process
 runs its experts on the whole batch and the outputs are summed up; with all_to_all the tokens travel to the process of
-their experts and back. The accelerator comes after, by the same line as ever. The measure is what one process computes
-with the plain checkpoint: logits, loss, and the gradients of the routers and of each process' own experts.
+their experts and back. The accelerator comes after, by the same line as ever. Compared are logits, loss, and the
+gradients of the routers and of each process' own experts; nothing else requires a gradient.
+
+The measure is what one process computes with the stock model, all of which it must hold: so it is for the small model,
+and for a checkpoint with `--reference`. Without that, `--compare` compares accelerated with stock, both in shares.
 """
 
 import argparse
+import math
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +32,7 @@ from omnigene_fast.demo.training import join, wait
 
 ROUTERS = "router."
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+ALLOWED = 1e-4  # relative difference in float32
 
 
 @dataclass
@@ -37,15 +41,16 @@ class Outcome:
 
     logits: Tensor
     loss: Tensor
-    gradients: dict[str, Tensor]
+    gradients: dict[str, Tensor]  # on the CPU
     speed: float
     peak: int | None  # bytes beyond the model, in the first process
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Compare with one process, report; the relative differences of each way by what they are of."""
+    """Compare, report; the relative differences of each way by what they are of."""
     parser = shared.parser(__doc__, "expert_parallel", batch=4)
     parser.add_argument("--exchange", choices=("all_reduce", "all_to_all", "auto"), default="all_reduce")
+    parser.add_argument("--reference", action="store_true", help="compare with one process, which holds all of --model")
     parser.add_argument("--length", type=int, default=256, help="tokens of a text at most (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="steps that are timed (default: %(default)s)")
     options = parser.parse_args(argv)
@@ -57,58 +62,65 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     rank, world = join()
     shared.start(options)
     path = shared.checkpoint(options)
-    batch = None
+    batch = inputs(shared.load_tokenizer(path), options)
+    reference = options.reference or options.model is None
+    ways = shared.ways(options)
     alone: dict[str, Outcome] = {}
-    if rank == 0:
-        model, tokenizer = shared.load(options, path)
-        batch = inputs(tokenizer, options)
-        whole = expert_bytes(model)
-        measured = dict.fromkeys((shared.STOCK, *shared.ways(options)))  # stock is the measure
+    sizes: list[tuple[str, int, int, dict[str, Outcome]]] = []
+    if reference and rank == 0:
+        model, _ = shared.load(options, path)
+        experts = model.config.get_text_config().num_experts
+        measured = dict.fromkeys((shared.STOCK, *ways))  # stock is the measure
         alone = {way: step(shared.switch(model, way), batch, options.rounds) for way in measured}
+        sizes.append(("one", experts, expert_bytes(model), alone))
         del model
     wait()  # the first process had the cores for itself
-    batch = shared_inputs(batch)
     model = sharded(options, path, world)
-    many = {way: step(shared.switch(model, way), batch, options.rounds) for way in shared.ways(options)}
+    many = {way: step(shared.switch(model, way), batch, options.rounds, gather=reference) for way in ways}
+    if reference:
+        apart = {way: differences(one, alone[shared.STOCK], world) for way, one in many.items()} if rank == 0 else {}
+        measure = "one process, stock"
+    else:
+        apart = {way: differences_of_all(many[way], many[shared.STOCK]) for way in ways if options.compare}
+        apart.pop(shared.STOCK, None)
+        measure = f"stock, in {world} processes too"
     if rank:
         return {}
-    apart = {way: differences(one, alone[shared.STOCK], world) for way, one in many.items()}
     results = shared.Results(options, "Expert parallelism", f"{world} processes, exchange {options.exchange}")
-    rows = [
-        {"of": what, **{way: f"{each[what]:.1e}" for way, each in apart.items()}} for what in next(iter(apart.values()))
-    ]
-    results.table("Relative difference to one process, stock", rows)
+    if apart:
+        rows = [
+            {"of": what, **{way: f"{each[what]:.1e}" for way, each in apart.items()}}
+            for what in next(iter(apart.values()))
+        ]
+        results.table(f"Relative difference to {measure}", rows)
+    for way, each in apart.items():
+        for what, difference in each.items():
+            if many[way].logits.dtype == torch.float32 and not difference <= ALLOWED:
+                results.fault(f"{way}: {what} differ by {difference:.1e} from {measure}, more than {ALLOWED:.0e}.")
     experts = model.config.get_text_config().num_experts
-    sizes = [("one", experts, whole, alone), (f"each of {world}", experts // world, expert_bytes(model), many)]
+    sizes.append((f"each of {world}", experts // world, expert_bytes(model), many))
     rows = [
         {"process": name, "experts": count, "MB of expert weights": size / 1e6}
         | {f"tokens/s {way}": made[way].speed for way in many}
         for name, count, size, made in sizes
     ]
-    results.table(
-        "Forward and backward", rows, f"{batch['attention_mask'].sum()} tokens in a batch, the same for all processes"
-    )
+    note = f"{batch['attention_mask'].sum()} tokens in a batch, the same for all processes"
+    if not apart:
+        note += "; compared with nothing: ask for --compare, or --reference"
+    results.table("Forward and backward", rows, note)
     results.table(f"Speed and memory of {world} processes", shared.side_by_side(many))
     results.save()
     return apart
 
 
 def inputs(tokenizer: Any, options: argparse.Namespace) -> dict[str, Tensor]:
-    """One batch of texts of several families, padded on the left."""
+    """One batch of texts of several families, padded on the left; the same in every process."""
     rows = [text for each in load_texts(1).values() for text in each][: options.batch]
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = [(begin + tokenizer(row, add_special_tokens=False)["input_ids"])[: options.length] for row in rows]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = shared.padded(ids, tokenizer.pad_token_id, device)
     return made | {"labels": made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)}
-
-
-def shared_inputs(batch: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """The first process' batch on every process."""
-    box = [None if batch is None else {name: tensor.cpu() for name, tensor in batch.items()}]
-    dist.broadcast_object_list(box)
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    return {name: tensor.to(device) for name, tensor in box[0].items()}
 
 
 def sharded(options: argparse.Namespace, path: Any, world: int) -> Any:
@@ -123,8 +135,16 @@ def sharded(options: argparse.Namespace, path: Any, world: int) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, distributed_config=plan).eval()
 
 
-def step(model: Any, batch: dict[str, Tensor], rounds: int) -> Outcome:
-    """Forward and backward once for what they give, then `rounds` times for the time."""
+def step(model: Any, batch: dict[str, Tensor], rounds: int, *, gather: bool = False) -> Outcome:
+    """Forward and backward once for what they give, then `rounds` times for the time.
+
+    The gradients are those of the parameters' shares in this process; with `gather` the first process gets them whole.
+    """
+    device = batch["input_ids"].device
+    learned = {name: each for name, each in model.named_parameters() if ROUTERS in name or name.endswith(EXPERTS)}
+    model.requires_grad_(False)  # gradients of all that a checkpoint has would not fit beside it
+    for parameter in learned.values():
+        parameter.requires_grad_(True)
 
     def once() -> Any:
         model.zero_grad()
@@ -133,21 +153,21 @@ def step(model: Any, batch: dict[str, Tensor], rounds: int) -> Outcome:
         return out
 
     out = once()
-    gradients = {
-        name: whole(parameter.grad).clone()
-        for name, parameter in model.named_parameters()
-        if ROUTERS in name or name.endswith(EXPERTS)
-    }
-    peak = peak_bytes(once, out.loss.device)
-    begin = time.perf_counter()
+    gradients = {}
+    for name, parameter in learned.items():
+        gradient = whole(parameter.grad) if gather else share(parameter.grad)  # whole: every process takes part
+        if not gather or dist.get_rank() == 0:
+            gradients[name] = gradient.cpu().clone()
+    real = batch["attention_mask"].bool()
+    logits, loss = whole(out.logits.detach())[real].cpu(), whole(out.loss.detach()).cpu()
+    del out
+    peak = peak_bytes(once, device)
+    begin = shared.now(device)
     for _ in range(rounds):
         once()
-    seconds = time.perf_counter() - begin
-    tokens = int(batch["attention_mask"].sum())
-    real = batch["attention_mask"].bool()
-    return Outcome(
-        whole(out.logits.detach())[real], whole(out.loss.detach()), gradients, rounds * tokens / seconds, peak
-    )
+    seconds = shared.now(device) - begin
+    model.zero_grad()
+    return Outcome(logits, loss, gradients, rounds * int(real.sum()) / seconds, peak)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -155,30 +175,53 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def share(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def expert_bytes(model: Any) -> int:
     """Bytes of the expert weights that this process holds."""
-    held = [
-        p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters() if name.endswith(EXPERTS)
-    ]
+    held = [share(parameter) for name, parameter in model.named_parameters() if name.endswith(EXPERTS)]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def differences(ours: Outcome, truth: Outcome, world: int) -> dict[str, float]:
-    """Relative differences of logits, loss and gradients, the experts' by the process that has them."""
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {
-        "logits": [(ours.logits, truth.logits)],
-        "loss": [(ours.loss, truth.loss)],
-        "gradients of the routers": [(ours.gradients[n], g) for n, g in truth.gradients.items() if ROUTERS in n],
-    }
+    """Relative differences of logits, loss and whole gradients, the experts' by the process that has them."""
+    made = relative(ours, truth)
     for rank in range(world):
-        pairs[f"gradients of the experts of process {rank}"] = [
+        made[f"gradients of the experts of process {rank}"] = largest(
             (ours.gradients[name].chunk(world)[rank], gradient.chunk(world)[rank])
             for name, gradient in truth.gradients.items()
             if name.endswith(EXPERTS)
-        ]
+        )
+    return made
+
+
+def differences_of_all(ours: Outcome, truth: Outcome) -> dict[str, float]:
+    """The same where each process has its share of the gradients; of what all have, the largest."""
+    experts = ((ours.gradients[name], each) for name, each in truth.gradients.items() if name.endswith(EXPERTS))
+    mine = relative(ours, truth) | {f"gradients of the experts of process {dist.get_rank()}": largest(experts)}
+    of_all: list[dict[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_all, mine)
+    names = dict.fromkeys(name for each in of_all for name in each)
+    return {name: max(each[name] for each in of_all if name in each) for name in names}
+
+
+def relative(ours: Outcome, truth: Outcome) -> dict[str, float]:
+    """Relative differences of what every process has: logits, loss, gradients of the routers."""
+    routers = ((ours.gradients[name], each) for name, each in truth.gradients.items() if ROUTERS in name)
     return {
-        what: max(((a.cpu() - b.cpu()).norm() / b.cpu().norm()).item() for a, b in each) for what, each in pairs.items()
+        "logits": largest([(ours.logits, truth.logits)]),
+        "loss": largest([(ours.loss, truth.loss)]),
+        "gradients of the routers": largest(routers),
     }
+
+
+def largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The largest relative difference of pairs of tensors; infinite where one is not a number."""
+    made = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs]
+    return max(math.inf if math.isnan(each) else each for each in made)
 
 
 if __name__ == "__main__":

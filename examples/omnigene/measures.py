@@ -20,12 +20,18 @@ def clustered(values: Any, groups: Any) -> tuple[float, float, float]:
     """Mean of values [N] with its 95 % interval where groups [N] of ids from 0 are drawn as wholes.
 
     The mean is a ratio, sum over size, linearised; its error comes from the groups' totals alone, so that values may
-    depend on each other inside a group.
+    depend on each other inside a group. Student's t for one less than the groups; NaN where there is one group, of
+    whose spread nothing is known.
     """
+    from scipy.stats import t
+
     values, groups = torch.as_tensor(values, dtype=torch.float64), torch.as_tensor(groups)
     mean = values.mean()
-    totals = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups, values - mean)
-    margin = 1.96 * (len(totals) / max(1, len(totals) - 1) * totals.square().sum()).sqrt() / len(values)
+    size = int(groups.max()) + 1
+    if size < 2:
+        return mean.item(), math.nan, math.nan
+    totals = torch.zeros(size, dtype=torch.float64).index_add_(0, groups, values - mean)
+    margin = t.ppf(0.975, size - 1) * (size / (size - 1) * totals.square().sum()).sqrt() / len(values)
     return mean.item(), (mean - margin).item(), (mean + margin).item()
 
 

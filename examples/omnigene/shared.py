@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from torch import Tensor
 import omnigene_fast
 from omnigene_fast.bench.memory import peak_bytes
 from omnigene_fast.demo.model import BOS, BYTES, EOS, PAD, Size, small_model
-from omnigene_fast.demo.training import join, wait
+from omnigene_fast.demo.training import Run, join, wait
+from omnigene_fast.integrations.transformers import served
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # for train_lora, the recipe that the scripts build on
@@ -89,6 +90,7 @@ def training_superfamilies() -> frozenset[str]:
     Negative pairs tie superfamilies together; Kernighan and Lin's bisection cuts few of these ties. A pair with one
     domain on either side belongs to neither part.
     """
+    need("networkx")
     import networkx
 
     graph = networkx.Graph()
@@ -146,6 +148,7 @@ def start(options: argparse.Namespace) -> None:
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out: expected a directory, got {options.out}.")
     options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "result.json").unlink(missing_ok=True)  # an earlier run's, should this one fail before its Results
 
 
 def ways(options: argparse.Namespace) -> tuple[str, ...]:
@@ -178,16 +181,30 @@ def script(name: str, main: Callable[[], object]) -> None:
 
 
 def checkpoint(options: argparse.Namespace) -> Path:
-    """--model, or a small random checkpoint in OUT/base, made if it is not there; ValueError if it holds none."""
+    """--model, or a small random checkpoint in OUT/base, made unless one of this seed and size is there.
+
+    ValueError if --model holds no checkpoint, or OUT/base one that was not made here.
+    """
     if options.model is None:
         path = options.out / "base"
-        if join()[0] == 0 and not (path / "config.json").is_file():
-            save(small_model(SMALL, torch.device("cpu"), options.seed)[0].float(), byte_tokenizer(), path)
+        wanted = {"seed": options.seed, "size": asdict(SMALL)}
+        if join()[0] == 0 and _made_of(path) != wanted:
+            save(small_model(SMALL, torch.device("cpu"), options.seed)[0].float(), byte_tokenizer(), path, wanted)
         wait()  # under torchrun the first process makes it
         return path
     if not (options.model / "config.json").is_file():
         raise ValueError(f"--model: expected a checkpoint directory with a config.json, got {options.model}.")
     return options.model
+
+
+def _made_of(path: Path) -> dict[str, Any] | None:
+    """Seed and size of a checkpoint that `checkpoint` made; ValueError if it is someone else's, so that it stays."""
+    if not (path / "config.json").is_file():
+        return None
+    if not (path / "made.json").is_file():
+        raise ValueError(f"--out: expected in {path} what a script made, got another checkpoint; pass it as --model.")
+    found: dict[str, Any] = json.loads((path / "made.json").read_text())
+    return found
 
 
 def load(options: argparse.Namespace, path: Path | None = None) -> tuple[Any, Any]:
@@ -212,12 +229,15 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def save(model: Any, tokenizer: Any, path: Path) -> None:
-    """Write a checkpoint that `load` reads; beside its place first, so that a directory is whole or not there."""
+def save(model: Any, tokenizer: Any, path: Path, made: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint that `load` reads, and `made` as its made.json; beside its place first, so that a directory is
+    whole or not there."""
     beside = path.with_name(path.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
+    if made is not None:
+        (beside / "made.json").write_text(json.dumps(made))
     shutil.rmtree(path, ignore_errors=True)
     beside.rename(path)
 
@@ -251,8 +271,23 @@ def padded(ids: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict
 
 
 def switch(model: Any, way: str) -> Any:
-    """The same model, accelerated or stock again, in place."""
-    return omnigene_fast.accelerate(model) if way == ACCELERATED else omnigene_fast.restore(model)
+    """The same model, accelerated or stock again, in place; RuntimeError if it is not what it was switched to."""
+    (omnigene_fast.accelerate if way == ACCELERATED else omnigene_fast.restore)(model)
+    ours, of = served(model)
+    if ours != (of if way == ACCELERATED else 0) or not of:
+        raise RuntimeError(f"model: expected it {way}, got {ours} of its {of} routers and experts accelerated.")
+    return model
+
+
+def dtype_of(options: argparse.Namespace, path: Path) -> str:
+    """The name of the dtype to work in: --dtype, or for "auto" that in which the checkpoint `path` was saved (float32
+    if it does not say)."""
+    if options.dtype != "auto":
+        return str(options.dtype)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    return str(config.dtype or config.get_text_config().dtype or torch.float32).removeprefix("torch.")
 
 
 @dataclass
@@ -262,7 +297,7 @@ class Measured:
     values: list[Any] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
-    peak: int | None = None  # bytes beyond the model's own, for the first batch
+    peak: int | None = None  # bytes beyond the model's own, for the largest batch
 
     @property
     def speed(self) -> float:
@@ -279,17 +314,18 @@ def each_way(
 ) -> dict[str, Measured]:
     """`call` on every batch in every way of `options`, in turn, so that a busy machine slows all alike.
 
-    One model does both: accelerated and restored in place. The first batch, the longest by `prompt_batches`, is run
-    twice before: to warm up, and to measure memory. `count` says how many tokens a batch has, padding left out.
+    One model does both: accelerated and restored in place. The batch with the most tokens is run twice before: to warm
+    up, and to measure memory. `count` says how many tokens a batch has, padding left out.
     """
     from tqdm import tqdm
 
     made = {way: Measured() for way in ways(options)}
     device = next(model.parameters()).device
+    longest = max(batches, key=count)
     for way, one in made.items():
         switch(model, way)
-        call(batches[0])
-        one.peak = peak_bytes(functools.partial(call, batches[0]), device)
+        call(longest)
+        one.peak = peak_bytes(functools.partial(call, longest), device)
     for batch in tqdm(batches, desc=" and ".join(made), unit="batch"):
         for way, one in made.items():
             switch(model, way)
@@ -321,12 +357,56 @@ def side_by_side(made: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def apart(stock: Sequence[float], accelerated: Sequence[float]) -> tuple[float, float]:
+    """The largest relative difference of two ways' losses in the first ten steps, and in all.
+
+    Infinite where a loss is not finite, and for both if there are none or not as many of the one as of the other.
+    """
+    if len(stock) != len(accelerated) or not len(stock):
+        return math.inf, math.inf
+    each = [
+        abs(ours - loss) / max(abs(loss), 1e-12) if math.isfinite(loss) and math.isfinite(ours) else math.inf
+        for loss, ours in zip(stock, accelerated, strict=True)
+    ]
+    return max(each[:10]), max(each)
+
+
+def check_losses(results: "Results", runs: dict[str, Run], dtype: torch.dtype | str) -> str:
+    """How far the losses of the two ways are apart, as a sentence for a table; nothing where there is one way.
+
+    A fault in float32: more than 1e-5 in the first ten steps, or more than 1e-3 in all of at most 100 (longer, and at a
+    high learning rate, training magnifies rounding). In every dtype: a loss that is not finite.
+    """
+    if len(runs) < 2:
+        return ""
+    stock, ours = runs[STOCK].losses, runs[ACCELERATED].losses
+    first, every = apart(stock, ours)
+    said = f"Losses differ by at most {first:.1e} in the first ten steps, {every:.1e} in all (relative)."
+    exact = str(dtype).removeprefix("torch.") == "float32"
+    if math.isinf(every):
+        results.fault(f"losses: expected as many finite ones of both ways, got {len(stock)} and {len(ours)}. {said}")
+    elif exact and first > 1e-5:
+        results.fault(f"losses: expected the same within 1e-5 in the first ten steps. {said}")
+    elif exact and len(stock) <= 100 and every > 1e-3:
+        results.fault(f"losses: expected the same within 1e-3 in all steps. {said}")
+    return said
+
+
 class Results:
-    """What a script leaves for people: tables that it prints, pictures, links; `index.py` makes one page of them."""
+    """What a script leaves for people: tables that it prints, pictures, links; `run_all.py` makes one page of them.
+
+    A result.json of an earlier run is removed: what lies there is this run's or nothing.
+    """
 
     def __init__(self, options: argparse.Namespace, title: str, about: str) -> None:
         self.out: Path = options.out
-        self.content: dict[str, Any] = {"title": title, "about": about, "command": sys.argv, "parts": []}
+        (self.out / "result.json").unlink(missing_ok=True)
+        self.content: dict[str, Any] = {"title": title, "about": about, "command": sys.argv, "parts": [], "faults": []}
+
+    def fault(self, sentence: str) -> None:
+        """Print what must not be, and keep it: `save` raises it, after everything else has been done."""
+        print(f"\nFAULT: {sentence}", flush=True)
+        self.content["faults"].append(sentence)
 
     def table(self, title: str, rows: Any, note: str = "") -> None:
         """Print rows (dicts or a pandas table) and keep them."""
@@ -354,10 +434,12 @@ class Results:
         self.content["parts"].append({"kind": "link", "file": str(path.relative_to(self.out)), "text": text})
 
     def save(self) -> None:
-        """Write result.json, which says that the script came to its end."""
+        """Write result.json, which says that the script came to its end; RuntimeError if there were faults."""
         beside = self.out / "result.json.new"
         beside.write_text(json.dumps(self.content, indent=1, default=str))
         beside.rename(self.out / "result.json")
+        if self.content["faults"]:
+            raise RuntimeError("; ".join(self.content["faults"]))
 
 
 def shown(value: Any) -> str:

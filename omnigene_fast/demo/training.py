@@ -10,11 +10,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -23,6 +25,7 @@ from omnigene_fast.bench.memory import peak_bytes
 
 IGNORED = -100  # the label of a token that is not learned
 WARM_UP = 5  # steps of a rising learning rate
+PATIENCE = timedelta(hours=2)  # while one process loads, merges or writes a checkpoint, the others wait for it
 
 Sample = dict[str, list[int]]  # input_ids, labels and any further labels, equally long
 Collator = Callable[[Sequence[Any]], dict[str, Tensor]]
@@ -70,7 +73,7 @@ def join() -> tuple[int, int]:
     if world > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     return int(os.environ.get("RANK", 0)), world
 
 
@@ -112,6 +115,10 @@ def train(
 
     The order of the samples depends on `plan.seed` alone. `title` labels the progress bar; `callbacks` are Trainer's.
     `collator` makes a batch, with an attention_mask, of samples that are not `Sample`s, such as those with images.
+
+    Raises:
+        ValueError: `plan.fsdp` for a model whose layers transformers does not name.
+        RuntimeError: `plan.fsdp`, and the parameters were not sharded, as with one process.
     """
     device = next(model.parameters()).device
     rank, world = join()
@@ -166,7 +173,14 @@ def train(
 
 def _blocks(model: Any) -> list[str]:
     """The classes of the layers that FSDP2 gathers one by one; transformers' own list names some of other models."""
-    return sorted({type(module).__name__ for module in model.modules()} & set(model._no_split_modules))
+    named = model._no_split_modules or ()
+    found = sorted({type(module).__name__ for module in model.modules()} & set(named))
+    if not found:
+        raise ValueError(
+            f"model: expected layers of a class that its _no_split_modules names, for FSDP2 to gather one by one, got "
+            f"{type(model).__name__} with {', '.join(sorted(named)) or 'none'}; train it without fsdp."
+        )
+    return found
 
 
 def _over_processes(value: float, how: Any, device: torch.device) -> float:
@@ -185,7 +199,8 @@ class _Trainer(Trainer):
 
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+        on_cpu = self.args.use_cpu and state.distributed_type == DistributedType.MULTI_CPU
+        if self.args.fsdp and on_cpu:
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
@@ -204,6 +219,13 @@ class _Watch(TrainerCallback):
         self.run, self.plan, self.device, self.bar = run, plan, device, bar
         self.begin = time.perf_counter()
         self.timed = self.begin
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        if self.plan.fsdp and not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise RuntimeError(
+                f"fsdp: expected parameters that FSDP2 has sharded over several processes, got {args.world_size} of"
+                " them with whole ones; start several by torchrun, or train without fsdp."
+            )
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.run.losses.append(0.0)

@@ -151,6 +151,18 @@ def restore(model: Model) -> Model:
     return model
 
 
+def served(model: nn.Module) -> tuple[int, int]:
+    """How many of a model's Gemma-4 routers and experts modules run on this package's operators, and how many it has.
+
+    After `accelerate` the two are equal, after `restore` the first is 0.
+    """
+    from . import gemma4
+
+    each = [gemma4.is_accelerated(module) for module in model.modules() if gemma4.is_router(module)]
+    each += [implementation(module) == NAME for module in model.modules() if is_experts(module)]
+    return sum(each), len(each)
+
+
 def _owners(model: nn.Module) -> Iterator[nn.Module]:
     """The transformers models in `model` that hold experts, and so whose config names their implementation."""
     for module in model.modules():

@@ -1,17 +1,23 @@
-"""Two processes (gloo) train and compute what one does: DDP, FSDP2, expert parallelism; each with a control."""
+"""Two processes (gloo) train, compute and trace what one does: DDP, FSDP2, expert parallelism; each with a control."""
 
+import argparse
 import json
+import multiprocessing
 import os
 import re
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
+import omnigene_fast
+from omnigene_fast.demo import training
 from omnigene_fast.demo.model import Size, small_model
 
 from ..helpers import relative_error
@@ -20,7 +26,7 @@ from .helpers import load
 TINY = Size(H=64, I=32, E=8, K=2, layers=2)
 SHORT = ["--steps", "4", "--length", "48", "--rank", "4", "--lr", "2e-3", "--dtype", "float32", "--threads", "1"]
 CASES = {
-    "ddp": ["--compare"],
+    "ddp": [],
     "fsdp2": ["--compare", "--fsdp"],
     "fsdp2, experts full": ["--fsdp", "--experts", "full"],
     "fsdp2, experts lora": ["--fsdp", "--experts", "lora"],
@@ -38,32 +44,73 @@ def _worker(rank, path, port):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     try:
-        losses = {case: _train(path, case, arguments, 2) for case, arguments in CASES.items()}
-        parallel = load("expert_parallel")
-        apart = {
-            exchange: parallel.main([*_parallel(path), "--compare", "--exchange", exchange])
-            for exchange in ("all_reduce", "all_to_all")
+        made = {
+            "losses": {case: _train(path, case, arguments, 2) for case, arguments in CASES.items()},
+            "unsharded": _unsharded(path),
+            "parallel": _parallel(path, rank),
         }
-        sharded = parallel.sharded
-        parallel.sharded = lambda *arguments: _without_experts(sharded(*arguments), rank == 1)
-        control = parallel.main(_parallel(path))
+        _trace(_sharded(path), path / "trace of two")
         if rank == 0:
-            (path / "outcome.json").write_text(json.dumps({"losses": losses, "apart": apart, "control": control}))
+            (path / "outcome.json").write_text(json.dumps(made))
     finally:
         dist.destroy_process_group()
 
 
-def _parallel(path):
-    more = ["--batch", "3", "--length", "40", "--rounds", "1", "--threads", "1"]
-    return ["--model", str(path / "base"), "--out", str(path / "parallel"), *more]
+def _unsharded(path):
+    """The error where accelerate has its way: on a CPU it takes DDP for FSDP2."""
+    with pytest.MonkeyPatch.context() as patch:
+        ours, stock = training._Trainer, Trainer.create_accelerator_and_postprocess
+        patch.setattr(ours, "create_accelerator_and_postprocess", stock)
+        with pytest.raises(RuntimeError) as refused:
+            _train(path, "unsharded", ["--fsdp"], 2)
+    return str(refused.value)
 
 
-def _without_experts(model, mute):
-    """The control: one process' experts of one layer add nothing."""
+def _parallel(path, rank):
+    """What expert_parallel.py compares by case; last, where the second process' experts of one layer add nothing."""
+    script = load("expert_parallel")
+    common = ["--model", str(path / "base"), "--batch", "3", "--length", "40", "--rounds", "1", "--threads", "1"]
+
+    def run(case, *arguments):
+        return script.main([*common, "--out", str(path / case), *arguments])
+
+    made = {
+        "all_reduce": run("all_reduce", "--compare", "--reference"),
+        "all_to_all": run("all_to_all", "--compare", "--reference", "--exchange", "all_to_all"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        # No process holds the whole model, and without the accelerator being asked for it does nothing.
+        patch.setattr(script.shared, "load", None)
+        made["shares"] = run("shares", "--compare")
+        patch.setattr(omnigene_fast, "accelerate", None)
+        made["stock"] = run("stock", "--stock")
+    switch = script.shared.switch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.shared, "switch", lambda model, way: _muted(switch(model, way), way, rank))
+        try:
+            made["muted"] = run("muted", "--compare")
+        except RuntimeError as error:
+            made["muted"] = str(error)
+    return made
+
+
+def _sharded(path):
+    options = argparse.Namespace(dtype="float32", exchange="all_reduce")
+    return load("expert_parallel").sharded(options, path / "base", 2)
+
+
+def _trace(model, path):
+    ids = torch.arange(3, 3 + 3 * 11).view(3, 11)
+    with torch.no_grad(), omnigene_fast.trace(omnigene_fast.accelerate(model), path, labels={"kind": ["a", "b", "a"]}):
+        model(input_ids=ids)
+
+
+def _muted(model, way, rank):
+    """The control: accelerated, the second process' experts of one layer add nothing."""
     weight = model.model.layers[0].experts.down_proj
     assert isinstance(weight, DTensor)
     assert weight.to_local().shape[0] == TINY.E // 2
-    if mute:
+    if rank == 1 and way == "accelerated":
         weight.data.to_local().zero_()
     return model
 
@@ -75,7 +122,9 @@ def path(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, args=(path, port), nprocs=2)
+    # A server that imports once for both processes, which is most of what they would do.
+    multiprocessing.set_forkserver_preload([__name__, "peft", "transformers.models.gemma4.modeling_gemma4"])
+    torch.multiprocessing.start_processes(_worker, args=(path, port), nprocs=2, start_method="forkserver")
     return path
 
 
@@ -120,33 +169,75 @@ def test_another_order_of_the_batches_is_another_training(path, outcome, alone):
 def test_the_first_process_alone_writes(path, outcome):
     made = {file.name for file in (path / "ddp").iterdir()}
     assert made == {"data.jsonl", "model", "loss.png", "result.json"}
-    parts = json.loads((path / "fsdp2" / "result.json").read_text())["parts"]
-    assert any(part.get("note") == "2 processes, FSDP2" for part in parts)
+    assert json.loads((path / "fsdp2" / "result.json").read_text())["title"].endswith("2 processes by FSDP2")
+
+
+def test_what_accelerate_does_not_shard_is_not_trained(outcome):
+    assert outcome["unsharded"].startswith("fsdp: expected parameters that FSDP2 has sharded over several processes")
+
+
+def test_a_model_without_named_layers_is_not_sharded():
+    model = small_model(TINY, torch.device("cpu"))[0]
+    model._no_split_modules = ["OtherLayer"]
+    with pytest.raises(ValueError, match=r"got Gemma4.* with OtherLayer; train it without fsdp"):
+        training._blocks(model)
 
 
 @pytest.mark.parametrize("exchange", ["all_reduce", "all_to_all"])
 def test_expert_parallelism_gives_what_one_process_does(exchange, outcome):
-    apart = outcome["apart"][exchange]
+    apart = outcome["parallel"][exchange]
     assert list(apart) == ["stock", "accelerated"]
     for each in apart.values():
         assert len(each) == 5  # logits, loss, routers, the experts of either process
         assert max(each.values()) < 5e-5, each
 
 
-def test_without_one_process_experts_nothing_is_equal(outcome):
-    (apart,) = outcome["control"].values()
+def test_without_a_reference_stock_is_the_measure(path, outcome):
+    apart = outcome["parallel"]["shares"]
+    assert list(apart) == ["accelerated"]
+    assert len(apart["accelerated"]) == 5
+    assert 0 < max(apart["accelerated"].values()) < 5e-5, apart
+    titles = [part["title"] for part in json.loads((path / "shares" / "result.json").read_text())["parts"]]
+    assert titles[0] == "Relative difference to stock, in 2 processes too"
+
+
+def test_stock_alone_never_accelerates(path, outcome):
+    assert outcome["parallel"]["stock"] == {}
+    (row,) = _table(path / "stock", "Forward and backward")
+    assert "tokens/s stock" in row
+    assert "tokens/s accelerated" not in row
+
+
+def test_without_one_process_experts_it_ends_with_a_fault(path, outcome):
+    assert outcome["parallel"]["muted"].startswith("accelerated: logits differ by ")
+    (part, *_) = json.loads((path / "muted" / "result.json").read_text())["parts"]
+    apart = {row[0]: float(row[1]) for row in part["rows"]}
     assert apart["logits"] > 1e-2
     assert apart["gradients of the routers"] > 1e-2
 
 
+def test_processes_that_share_a_batch_trace_it_once(path, outcome):
+    options = argparse.Namespace(dtype="float32")
+    _trace(load("shared").load(options, path / "base")[0], path / "trace of one")
+    one, two = (omnigene_fast.open_trace(path / f"trace of {name}") for name in ("one", "two"))
+    assert len(two.documents) == 3
+    assert two.counts.sum() == 3 * 11 * TINY.layers * TINY.K
+    assert np.array_equal(two.counts, one.counts)
+    assert two.documents["kind"].tolist() == one.documents["kind"].tolist()
+
+
 def test_each_process_holds_its_share(path, outcome):
-    result = json.loads((path / "parallel" / "result.json").read_text())
-    (table,) = (part for part in result["parts"] if part.get("title") == "Forward and backward")
-    one, each = (dict(zip(table["columns"], row, strict=True)) for row in table["rows"])
+    one, each = _table(path / "all_reduce", "Forward and backward")
     assert (one["experts"], each["experts"]) == ("8", "4")
     weights = TINY.layers * TINY.E * 3 * TINY.I * TINY.H * 4 / 1e6
     assert float(one["MB of expert weights"]) == pytest.approx(weights, rel=1e-3)
     assert float(each["MB of expert weights"]) == pytest.approx(weights / 2, rel=1e-3)
+
+
+def _table(path, title):
+    parts = json.loads((path / "result.json").read_text())["parts"]
+    (table,) = (part for part in parts if part.get("title") == title)
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
 
 
 def test_without_torchrun_it_says_how_to_start():
