@@ -70,7 +70,7 @@ JOBS = {
         ("cpt",),
         processes=2,
     ),
-    "expert_parallel": Job("expert_parallel.py", "--compare --model {cpt}/base", "", ("cpt",), processes=2),
+    "expert_parallel": Job("expert_parallel.py", "--compare --reference --model {cpt}/base", "", ("cpt",), processes=2),
     "audit_dask": Job("audit_dask.py", "{audit}/traces/accelerated/sft", "", ("audit",)),
 }
 
