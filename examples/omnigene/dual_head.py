@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(runs) == 1:
             dual.heads.save(options.out / "heads.safetensors")
             dual.model.save_pretrained(options.out / "adapter")
-            call = functools.partial(predicted, dual)
-            made = shared.each_way(dual.model, options, batches, call, lambda batch: int(batch["attention_mask"].sum()))
+            call, tokens = functools.partial(predicted, dual), lambda batch: int(batch["attention_mask"].sum())
+            made = shared.each_way(dual.model, options, batches, call, tokens)
             same = {name: joined(each.values) for name, each in made.items()}
     heads["heads and LoRA"] = same[ways[-1]]
 
@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.picture(figure, "dual_head", "Heads and LoRA: where the residues of each class go, the commonest first.")
     rows = shared.side_by_side({way: runs[way] for way in ways})
     rows = [row | {f"{at} loss": runs[row["way"]].losses[n] for at, n in (("first", 0), ("last", -1))} for row in rows]
-    dtype = shared.dtype_of(options, path)
-    note = shared.check_losses(results, runs, dtype)
+    note = shared.check_losses(results, runs, dtype := shared.dtype_of(options, path))
     if options.compare:  # the last one trained is stock
         trained_apart = {STOCK: joined([predicted(dual, batch) for batch in batches]), ACCELERATED: same[ACCELERATED]}
         note += differences(results, same, trained_apart, dtype)
@@ -114,8 +113,7 @@ def fit(
 ) -> tuple[DualHead, Run]:
     """New heads on the checkpoint, trained with the LoRA of train_lora.py, or `alone` on the frozen model."""
     dtype = shared.dtype_of(options, path)
-    recipe = {"model": path, "dtype": dtype, "seed": options.seed, "rank": options.rank, "alpha": 2 * options.rank}
-    recipe |= {"experts": "frozen", "save": "preactivation"}
+    recipe = vars(options) | {"model": path, "dtype": dtype, "alpha": 2 * options.rank, "experts": "frozen"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = shared.switch(train_lora.build_model(argparse.Namespace(**recipe), device, accelerated=False), way)
     if alone:
@@ -133,8 +131,7 @@ def predicted(dual: DualHead, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     inputs = {name: batch[name].to(dual.model.device) for name in ("input_ids", "attention_mask")}
     with last_hidden_state(dual.model) as hidden:
         dual.model(**inputs, logits_to_keep=1, use_cache=False)
-    logits = dual.heads(hidden())
-    found = {track: logits[track].cpu()[batch[f"labels_{track}"] != IGNORED] for track in TRACKS}
+    found = {name: each.cpu()[batch[f"labels_{name}"] != IGNORED] for name, each in dual.heads(hidden()).items()}
     if not all(each.isfinite().all() for each in found.values()):
         raise RuntimeError("heads: expected finite scores of every residue, got others; train with a lower --lr.")
     return {track: each.argmax(-1) for track, each in found.items()}
