@@ -42,6 +42,12 @@ def confusion(true: Any, predicted: Any, rows: int, columns: int) -> Any:
     return numpy.bincount(true * columns + predicted, minlength=rows * columns).reshape(rows, columns)
 
 
+def macro_f1(counts: Any) -> float:
+    """The mean F1 of the classes that occur, of a confusion matrix [classes, classes]."""
+    f1 = 2 * counts.diagonal() / (counts.sum(0) + counts.sum(1)).clip(min=1)
+    return float(f1[counts.sum(1) > 0].mean())
+
+
 def draw_confusion(axis: Any, counts: Any, names: Sequence[str], title: str) -> None:
     """A confusion matrix [classes, classes] as percentages of its rows, the commonest class first."""
     order = (-counts.sum(1)).argsort(kind="stable")
