@@ -2,12 +2,12 @@
 
 import argparse
 import itertools
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import shared
 import torch
+from prompts import decoded, prompt_batches, said, sample, token_ids
 from shared import ACCELERATED, STOCK, Question, Results
 from torch import Tensor
 
@@ -27,57 +27,6 @@ def parsed(made: argparse.ArgumentParser, argv: Sequence[str] | None, least: str
     if options.limit is not None and options.limit < 2:
         raise ValueError(f"--limit: expected at least 2 {least}, got {options.limit}.")
     return options
-
-
-def text(prompt: str, answer: str) -> str:
-    """Prompt and answer as they are trained and scored: with a space between, where the prompt ends in no white one."""
-    return prompt + " " * (not prompt[-1:].isspace()) + answer
-
-
-def token_ids(tokenizer: Any, string: str) -> list[int]:
-    """Token ids behind the begin-of-sequence token, where the tokenizer has one."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return begin + tokenizer(string, add_special_tokens=False)["input_ids"]
-
-
-def common(rows: Sequence[Sequence[int]]) -> int:
-    """With how many tokens all rows begin alike."""
-    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
-    return sum(1 for _ in alike)
-
-
-def candidates(tokenizer: Any, prompt: str, words: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The token ids that prompt and answer begin with whichever of the `words` it is, and each word's next token.
-
-    Bytes have the space in common and part at the words' first letters; with SentencePiece "▁yes" is one token.
-    Raises ValueError unless the next tokens differ, because a prefill sees these alone.
-    """
-    rows = [token_ids(tokenizer, text(prompt, word)) for word in words]
-    alike = common(rows)
-    first = [row[alike] for row in rows if len(row) > alike]
-    if len(set(first)) < len(words):
-        raise ValueError(
-            f"answers: expected none that begins as another one does, got {', '.join(map(repr, words))},"
-            f" of which a prefill sees {len(set(first))} first tokens."
-        )
-    return rows[0][:alike], first
-
-
-def prompt_batches(
-    tokenizer: Any, questions: Sequence[Question], words: Sequence[str], size: int, device: torch.device
-) -> list[tuple[list[int], dict[str, Tensor], Tensor]]:
-    """Questions as batches, longest first, padded on the left: (numbers of the questions, the model's inputs, the
-    `candidates` for the next token [B, words])."""
-    made = [candidates(tokenizer, question.prompt, words) for question in questions]
-    order = sorted(range(len(made)), key=lambda n: -len(made[n][0]))
-    return [
-        (
-            numbers,
-            shared.padded([made[n][0] for n in numbers], tokenizer.pad_token_id, device),
-            torch.tensor([made[n][1] for n in numbers], device=device),
-        )
-        for numbers in (order[at : at + size] for at in range(0, len(order), size))
-    ]
 
 
 def margins(model: Any, inputs: dict[str, Tensor], first: Tensor) -> Tensor:
@@ -108,26 +57,6 @@ def generated(model: Any, tokenizer: Any, inputs: dict[str, Tensor], tokens: int
             return_dict_in_generate=True,
         )
     return [decoded(tokenizer, row) for row in out.sequences], out.logits[0]
-
-
-def decoded(tokenizer: Any, ids: Any) -> str:
-    """The text of token ids without special ones."""
-    made: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return made
-
-
-def said(string: str, words: Sequence[str]) -> str | None:
-    """The word with which a text begins, if it is a whole one: "not" and "none" are no "no"."""
-    return next((word for word in words if re.match(rf"\s*{re.escape(word)}(?!\w)", string)), None)
-
-
-def sample(tokenizer: Any, question: Question) -> dict[str, list[int]]:
-    """A question with its answer and its end as token ids; labels are what follows the prompt's own tokens."""
-    from omnigene_fast.demo.training import IGNORED
-
-    whole = [*token_ids(tokenizer, text(question.prompt, question.answer)), tokenizer.eos_token_id]
-    own = common([whole, token_ids(tokenizer, question.prompt)])
-    return {"input_ids": whole, "labels": [IGNORED] * own + whole[own:]}
 
 
 def tuned(options: argparse.Namespace, questions: Sequence[Question], results: Results) -> tuple[Any, Any]:
@@ -268,17 +197,17 @@ def beside_generate(
         for number, string in zip(numbers, whole, strict=True):
             prompt = decoded(tokenizer, token_ids(tokenizer, questions[number].prompt))
             texts[number] = string[len(prompt) :]
-    total = len(found)
-    signs = int(((again > 0) == (found > 0)).sum())
-    if not again.isfinite().all() or (exact and signs < total):
-        results.fault(f"generate: {total - signs} of {total} answers are not those of the prefill, or not finite.")
+    total, same = len(found), (again > 0) == (found > 0)
+    wrong = int((~again.isfinite() | ~same & exact).sum())
+    if wrong:
+        results.fault(f"generate: {wrong} of {total} margins are not finite, or not those of the prefill.")
     valid = {number: word for number, string in texts.items() if (word := said(string, words))}
     agree = sum(word == words[found[number].item() <= 0] for number, word in valid.items())
     rows: list[dict[str, Any]] = [
         {"answers by": "one prefill", "seconds": seconds[0], "to the prefill": ""},
         {"answers by": f"generate, {longest} tokens", "seconds": seconds[1]},
     ]
-    rows[1] |= {"to the prefill": f"{seconds[1] / seconds[0]:.2f}x", "larger logit the same": f"{signs} of {total}"}
+    rows[1] |= {"to the prefill": f"{seconds[1] / seconds[0]:.2f}x", "larger logit alike": f"{same.sum()} of {total}"}
     rows[1] |= {"margins apart": f"{(again - found).abs().max():.1e}", "valid": f"{len(valid)} of {total}"}
     rows[1] |= {"same answer": f"{agree} of {len(valid)}"}
     note = (

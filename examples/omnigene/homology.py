@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f" model's for the test pairs; those of the others for all {len(everything)}, which one search covers."
         " Intervals (95 %, Wilson; DeLong, or Newcombe at an AUC of 1) are over pairs: no domain is in two, but they"
         " share superfamilies, and intervals over superfamilies would be wider. None where all pairs score the same. No"
-        " superfamily of these pairs is among the training pairs, or in what cpt.py and sft.py train on.",
+        " superfamily of these pairs is in training pairs, and no domain in what cpt.py and sft.py train on.",
     )
     if options.limit is None and everywhere:
         results.table(f"Homology, all {len(everything)} pairs", everywhere, "As above; training pairs are among them.")

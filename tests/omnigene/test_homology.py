@@ -15,7 +15,7 @@ from omnigene_fast.demo.training import IGNORED, Run
 from .helpers import load
 
 homology, alignment, shared = load("homology"), load("alignment"), load("shared")
-answers, measures = load("answers"), load("measures")
+answers, measures, prompts = load("answers"), load("measures"), load("prompts")
 
 # README of the data, all 800 pairs: AUC of standard and remote pairs.
 REFERENCE = {
@@ -69,26 +69,31 @@ def test_candidates_are_whole_words_where_the_tokenizer_has_them():
     assert not prompt[-1].isspace()
     for name, first in (("words", ["▁yes", "▁no"]), ("bytes", ["y", "n"])):
         tokenizer = TOKENIZERS[name]
-        prefix, found = answers.candidates(tokenizer, prompt, homology.ANSWERS)
+        prefix, found = prompts.candidates(tokenizer, prompt, homology.ANSWERS)
         assert tokenizer.convert_ids_to_tokens(found) == first
         assert prefix[0] == tokenizer.bos_token_id
-        assert answers.decoded(tokenizer, prefix) == prompt + " " * (name == "bytes")
+        assert prompts.decoded(tokenizer, prefix) == prompt + " " * (name == "bytes")
         for word, token in zip(homology.ANSWERS, found, strict=True):
-            whole = answers.token_ids(tokenizer, f"{prompt} {word}")
+            whole = prompts.token_ids(tokenizer, f"{prompt} {word}")
             assert whole[: len(prefix) + 1] == [*prefix, token]
     # A template may end in a new line, behind which no space comes.
-    _, found = answers.candidates(TOKENIZERS["words"], "Related?\n", homology.ANSWERS)
+    _, found = prompts.candidates(TOKENIZERS["words"], "Related?\n", homology.ANSWERS)
     assert TOKENIZERS["words"].convert_ids_to_tokens(found) == ["yes", "n"]
+
+
+def test_between_prompt_and_answer_is_one_white_space():
+    expected = {"a?": "a? yes", "a? ": "a? yes", "a?\n": "a?\nyes", "": "yes"}
+    assert {prompt: prompts.text(prompt, "yes") for prompt in expected} == expected
 
 
 def test_no_answer_begins_as_another():
     for pair in (("no", "now"), ("no", "no")):
         with pytest.raises(ValueError, match=rf"^answers: expected none that begins .*got 'no', '{pair[1]}'"):
-            answers.candidates(TOKENIZERS["bytes"], "?", pair)
-    assert answers.candidates(TOKENIZERS["words"], "?", ("no", "none"))
-    prefix, first = answers.candidates(TOKENIZERS["bytes"], "?", ("not so", "nobody"))
-    assert answers.decoded(TOKENIZERS["bytes"], prefix) == "? no"
-    assert answers.decoded(TOKENIZERS["bytes"], first) == "tb"
+            prompts.candidates(TOKENIZERS["bytes"], "?", pair)
+    assert prompts.candidates(TOKENIZERS["words"], "?", ("no", "none"))
+    prefix, first = prompts.candidates(TOKENIZERS["bytes"], "?", ("not so", "nobody"))
+    assert prompts.decoded(TOKENIZERS["bytes"], prefix) == "? no"
+    assert prompts.decoded(TOKENIZERS["bytes"], first) == "tb"
 
 
 def test_training_learns_what_the_scores_look_at(tokenizer, tmp_path):
@@ -100,12 +105,12 @@ def test_training_learns_what_the_scores_look_at(tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["--data", str(tmp_path / "rows.jsonl"), "--answer-only", "--length", "9999"]
     expected = train_lora.read_samples(train_lora.arguments(arguments), tokenizer)
-    assert [answers.sample(tokenizer, each) for each in asked] == expected
+    assert [prompts.sample(tokenizer, each) for each in asked] == expected
     for question, sample in zip(asked, expected, strict=True):
         learned = [token for token in sample["labels"] if token != IGNORED]
-        assert answers.decoded(tokenizer, learned) == f" {question.answer}"
+        assert prompts.decoded(tokenizer, learned) == f" {question.answer}"
         assert learned[-1] == tokenizer.eos_token_id
-        prefix, first = answers.candidates(tokenizer, question.prompt, homology.ANSWERS)
+        prefix, first = prompts.candidates(tokenizer, question.prompt, homology.ANSWERS)
         right = first[homology.ANSWERS.index(question.answer)]
         assert sample["input_ids"][len(prefix)] == sample["labels"][len(prefix)] == right
 
@@ -113,8 +118,8 @@ def test_training_learns_what_the_scores_look_at(tokenizer, tmp_path):
 def test_a_word_is_said_if_it_is_whole():
     expected = {"no": "no", " no\n": "no", "no, it": "no", "yes": "yes", "": None, "x no": None}
     expected |= dict.fromkeys(("not", "none", "now", "yesterday", "No", "no1"))
-    assert {string: answers.said(string, homology.ANSWERS) for string in expected} == expected
-    assert answers.said("Non-Homologous.", ("Homologous", "Non-Homologous")) == "Non-Homologous"
+    assert {string: prompts.said(string, homology.ANSWERS) for string in expected} == expected
+    assert prompts.said("Non-Homologous.", ("Homologous", "Non-Homologous")) == "Non-Homologous"
 
 
 class Faults(list):
@@ -148,14 +153,14 @@ def test_generate_is_held_against_the_prefill(base, tmp_path, tokenizer, monkeyp
     results = shared.Results(options, "", "")
     found, _ = answers.asked(model, tokenizer, asked, homology.ANSWERS, options, results)
     for question, value in zip(asked, found, strict=True):
-        prefix, (yes, no) = answers.candidates(tokenizer, question.prompt, homology.ANSWERS)
+        prefix, (yes, no) = prompts.candidates(tokenizer, question.prompt, homology.ANSWERS)
         with torch.no_grad():
             logits = model(torch.tensor([prefix])).logits[0, -1]
         assert value == pytest.approx((logits[yes] - logits[no]).item(), abs=1e-5)
     results.save()
     tables, notes = parts(tmp_path)
     row = tables["One prefill against generate"][1]
-    assert row["larger logit the same"] == "3 of 3"
+    assert row["larger logit alike"] == "3 of 3"
     assert float(row["margins apart"]) < 1e-5
     assert (row["valid"], row["same answer"]) == ("0 of 3", "0 of 0")
     assert notes["One prefill against generate"].endswith("No generated text is valid, so that only logits count.")
@@ -167,7 +172,7 @@ def test_generate_is_held_against_the_prefill(base, tmp_path, tokenizer, monkeyp
     generated = answers.generated
     monkeypatch.setattr(answers, "generated", other)
     answers.asked(model, tokenizer, asked, homology.ANSWERS, options, results)
-    with pytest.raises(RuntimeError, match=r"generate: 3 of 3 answers are not those of the prefill"):
+    with pytest.raises(RuntimeError, match=r"generate: 3 of 3 margins are not finite, or not those"):
         results.save()
     assert parts(tmp_path)[0]["One prefill against generate"][1]["valid"] == "2 of 3"  # the last of each batch
 
@@ -368,7 +373,7 @@ def test_both_ways_from_training_to_answers(base, esm, tmp_path):
     assert notes["4 questions, one prefill each"].startswith("Answers equal: 4 of 4;")
     assert float(notes["4 questions, one prefill each"].split("at most ")[1].split(". ")[0]) < 1e-4
     generate = tables["One prefill against generate"][1]
-    assert generate["larger logit the same"] == "4 of 4"
+    assert generate["larger logit alike"] == "4 of 4"
     assert float(generate["margins apart"]) < 1e-4
     rows = tables["Homology, 4 test pairs of 6 superfamilies"]
     assert [row["method"] for row in rows] == ["model", "model", "ESM-2, cosine", "ESM-2, cosine"]
@@ -384,7 +389,7 @@ def test_training_teaches_and_merging_keeps_it(base, tmp_path, monkeypatch):
     lesson = [shared.Question(f"{letter}?", "no", "") for letter in "abcdefgh"]
     before, _ = shared.load(options)
     tokenizer = shared.load_tokenizer(base)
-    _, inputs, first = answers.prompt_batches(tokenizer, lesson, homology.ANSWERS, 8, torch.device("cpu"))[0]
+    _, inputs, first = prompts.prompt_batches(tokenizer, lesson, homology.ANSWERS, 8, torch.device("cpu"))[0]
     seen = []
     merge = LoraModel.merge_and_unload
 
