@@ -133,10 +133,11 @@ def asked(options: argparse.Namespace) -> list[Question]:
 
 def state(model: Any, encoder: Encoder, options: argparse.Namespace, tests: Sequence[Molecule]) -> State:
     """Answers and captions of the test part, as the model is."""
-    first = answers.first_tokens(encoder.tokenizer, ANSWERS)
     pairs = asked(options)
     margins = torch.empty(len(pairs))
-    for numbers, inputs in answers.prompt_batches(encoder.tokenizer, pairs, options.batch, model.device):
+    for numbers, inputs, first in answers.prompt_batches(
+        encoder.tokenizer, pairs, ANSWERS, options.batch, model.device
+    ):
         margins[numbers] = answers.margins(model, inputs, first)
     found = State(margins, [], torch.empty(0), torch.empty(0))
     others = [*tests[1:], tests[0]]

@@ -28,7 +28,7 @@ from omnigene_fast.demo.model import load_texts
 
 ANSWERS = ("true", "false")
 MASK = "[...]"
-CUE = "\nTrue or false? "
+CUE = "\nTrue or false?"
 
 
 def terms(part: str) -> dict[str, list[str]]:
@@ -147,14 +147,9 @@ def picture(rows: list[dict], results: shared.Results) -> None:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = shared.parser(__doc__, "true_false")
-    answers.tuning(parser, 30)
+    parser = answers.parser(__doc__, "true_false", "terms of the test")
     parser.add_argument("--masked", action="store_true", help="hide the words of the term's name in the statement")
-    parser.add_argument("--limit", type=int, help="terms of the test, at least 2 (default: all)")
-    options = parser.parse_args(argv)
-    if options.limit is not None and options.limit < 2:
-        raise ValueError(f"--limit: expected at least 2 terms, each the other's distractor, got {options.limit}.")
-    return options
+    return answers.parsed(parser, argv, "terms, each the other's distractor")
 
 
 if __name__ == "__main__":

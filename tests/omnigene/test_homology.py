@@ -3,16 +3,19 @@
 import json
 import math
 import random
+import re
 import shutil
 
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
+from omnigene_fast.demo.training import IGNORED, Run
+
 from .helpers import load
 
 homology, alignment, shared = load("homology"), load("alignment"), load("shared")
-answers, measures = load("answers"), load("measures")
+answers, measures, prompts = load("answers"), load("measures"), load("prompts")
 
 # README of the data, all 800 pairs: AUC of standard and remote pairs.
 REFERENCE = {
@@ -37,6 +40,176 @@ def base(tmp_path_factory):
     return shared.checkpoint(homology.arguments(["--out", str(tmp_path_factory.mktemp("base"))]))
 
 
+def words_tokenizer():
+    """Whole words with the space before them as one token, as SentencePiece makes them: "▁yes", "▁no"."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = [("<pad>", 0.0), ("<eos>", 0.0), ("<bos>", 0.0), ("<unk>", 0.0)]
+    vocabulary += [(word, -1.0) for word in ("▁yes", "▁no", "▁none", "yes", "▁true", "▁false")]
+    vocabulary += [(chr(code), -10.0) for code in (10, *range(33, 127), 0x2581)]
+    made = Tokenizer(models.Unigram(vocabulary, unk_id=3))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    made.decoder = decoders.Metaspace(prepend_scheme="never")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", padding_side="left"
+    )
+
+
+TOKENIZERS = {"bytes": shared.byte_tokenizer(), "words": words_tokenizer()}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]
+
+
+def test_candidates_are_whole_words_where_the_tokenizer_has_them():
+    prompt = homology.questions("test")[0].prompt
+    assert not prompt[-1].isspace()
+    for name, first in (("words", ["▁yes", "▁no"]), ("bytes", ["y", "n"])):
+        tokenizer = TOKENIZERS[name]
+        prefix, found = prompts.candidates(tokenizer, prompt, homology.ANSWERS)
+        assert tokenizer.convert_ids_to_tokens(found) == first
+        assert prefix[0] == tokenizer.bos_token_id
+        assert prompts.decoded(tokenizer, prefix) == prompt + " " * (name == "bytes")
+        for word, token in zip(homology.ANSWERS, found, strict=True):
+            whole = prompts.token_ids(tokenizer, f"{prompt} {word}")
+            assert whole[: len(prefix) + 1] == [*prefix, token]
+    # A template may end in a new line, behind which no space comes.
+    _, found = prompts.candidates(TOKENIZERS["words"], "Related?\n", homology.ANSWERS)
+    assert TOKENIZERS["words"].convert_ids_to_tokens(found) == ["yes", "n"]
+
+
+def test_between_prompt_and_answer_is_one_white_space():
+    expected = {"a?": "a? yes", "a? ": "a? yes", "a?\n": "a?\nyes", "": "yes"}
+    assert {prompt: prompts.text(prompt, "yes") for prompt in expected} == expected
+
+
+def test_no_answer_begins_as_another():
+    for pair in (("no", "now"), ("no", "no")):
+        with pytest.raises(ValueError, match=rf"^answers: expected none that begins .*got 'no', '{pair[1]}'"):
+            prompts.candidates(TOKENIZERS["bytes"], "?", pair)
+    assert prompts.candidates(TOKENIZERS["words"], "?", ("no", "none"))
+    prefix, first = prompts.candidates(TOKENIZERS["bytes"], "?", ("not so", "nobody"))
+    assert prompts.decoded(TOKENIZERS["bytes"], prefix) == "? no"
+    assert prompts.decoded(TOKENIZERS["bytes"], first) == "tb"
+
+
+def test_training_learns_what_the_scores_look_at(tokenizer, tmp_path):
+    """The answer from its space on, as train_lora does with sft.py's rows."""
+    import train_lora
+
+    asked = homology.questions("train")[:3]
+    rows = [{"prompt": each.prompt, "response": f" {each.answer}"} for each in asked]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--data", str(tmp_path / "rows.jsonl"), "--answer-only", "--length", "9999"]
+    expected = train_lora.read_samples(train_lora.arguments(arguments), tokenizer)
+    assert [prompts.sample(tokenizer, each) for each in asked] == expected
+    for question, sample in zip(asked, expected, strict=True):
+        learned = [token for token in sample["labels"] if token != IGNORED]
+        assert prompts.decoded(tokenizer, learned) == f" {question.answer}"
+        assert learned[-1] == tokenizer.eos_token_id
+        prefix, first = prompts.candidates(tokenizer, question.prompt, homology.ANSWERS)
+        right = first[homology.ANSWERS.index(question.answer)]
+        assert sample["input_ids"][len(prefix)] == sample["labels"][len(prefix)] == right
+
+
+def test_a_word_is_said_if_it_is_whole():
+    expected = {"no": "no", " no\n": "no", "no, it": "no", "yes": "yes", "": None, "x no": None}
+    expected |= dict.fromkeys(("not", "none", "now", "yesterday", "No", "no1"))
+    assert {string: prompts.said(string, homology.ANSWERS) for string in expected} == expected
+    assert prompts.said("Non-Homologous.", ("Homologous", "Non-Homologous")) == "Non-Homologous"
+
+
+class Faults(list):
+    """Results that keep faults alone."""
+
+    fault = list.append
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours", "exact", "said", "faults"),
+    [
+        ([1.0, -2.0, 3e-6], [1.0, -2.0, 2e-6], True, "equal: 3 of 3; margins up to 2 .* 1.0e-06.* decide: 0\\.", ""),
+        ([1.0, -2.0, 3e-6], [1.0, -2.0, -2e-6], True, "equal: 2 of 3; .* 5.0e-06.* decide: 1\\.", "1 of 3 answers"),
+        ([1.0, -2.0, 3e-6], [1.0, -2.0, -2e-6], False, "equal: 2 of 3; .* decide: 1\\.", ""),
+        ([1.0, 0.0, 0.0], [1.0, 0.0, 0.0], False, "equal: 3 of 3; .* decide: 2\\.", ""),
+        ([1.0, math.nan], [1.0, math.nan], False, "differ by at most nan", "1 of 2 margins of the stock .* not finite"),
+        ([1.0, 2.0], [1.0, math.inf], False, "", "1 of 2 margins of the accelerated .* not finite"),
+    ],
+)
+def test_what_must_agree_is_a_fault_otherwise(stock, ours, exact, said, faults):
+    found, results = {"stock": torch.tensor(stock), "accelerated": torch.tensor(ours)}, Faults()
+    assert re.search(said, answers.agreement(found, exact, results))
+    assert re.search(faults, " ".join(results)) if faults else not results
+
+
+def test_generate_is_held_against_the_prefill(base, tmp_path, tokenizer, monkeypatch):
+    """For every question, though an untrained model says no word; other logits are a fault."""
+    options = homology.arguments(["--model", str(base), "--stock", "--batch", "2", "--out", str(tmp_path)])
+    model, _ = shared.load(options)
+    asked = [shared.Question(f"{letter * 9}?", "yes", "") for letter in "abc"]
+    results = shared.Results(options, "", "")
+    found, _ = answers.asked(model, tokenizer, asked, homology.ANSWERS, options, results)
+    for question, value in zip(asked, found, strict=True):
+        prefix, (yes, no) = prompts.candidates(tokenizer, question.prompt, homology.ANSWERS)
+        with torch.no_grad():
+            logits = model(torch.tensor([prefix])).logits[0, -1]
+        assert value == pytest.approx((logits[yes] - logits[no]).item(), abs=1e-5)
+    results.save()
+    tables, notes = parts(tmp_path)
+    row = tables["One prefill against generate"][1]
+    assert row["larger logit alike"] == "3 of 3"
+    assert float(row["margins apart"]) < 1e-5
+    assert (row["valid"], row["same answer"]) == ("0 of 3", "0 of 0")
+    assert notes["One prefill against generate"].endswith("No generated text is valid, so that only logits count.")
+
+    def other(*arguments):
+        texts, logits = generated(*arguments)
+        return [f"{text[:10]} none" for text in texts[:-1]] + [f"{texts[-1][:10]} no"], -logits
+
+    generated = answers.generated
+    monkeypatch.setattr(answers, "generated", other)
+    answers.asked(model, tokenizer, asked, homology.ANSWERS, options, results)
+    with pytest.raises(RuntimeError, match=r"generate: 3 of 3 margins are not finite, or not those"):
+        results.save()
+    assert parts(tmp_path)[0]["One prefill against generate"][1]["valid"] == "2 of 3"  # the last of each batch
+
+
+def test_the_accelerated_model_is_the_one_returned(base, tmp_path, monkeypatch):
+    """Though it was trained first, and one model is in memory at a time."""
+    order = []
+
+    def train(model, samples, plan, *, pad, title):
+        order.append(title)
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                if tensor.requires_grad and "embed_tokens" in name:
+                    tensor.add_(1 if "accelerated" in title else 2)
+        return Run([1.0], 1, 1.0)
+
+    monkeypatch.setattr("omnigene_fast.demo.training.train", train)
+    arguments = ["--model", str(base), "--compare", "--steps", "1", "--out", str(tmp_path)]
+    options = homology.arguments(arguments)
+    before = shared.load(options)[0].get_input_embeddings().weight
+    results = shared.Results(options, "", "")
+    model, _ = answers.tuned(options, [shared.Question("?", "no", "")], results)
+    assert order == ["training, accelerated", "training, stock"]
+    torch.testing.assert_close(model.get_input_embeddings().weight, before + 1)
+    results.save()
+    assert [row["way"] for row in parts(tmp_path)[0]["Training on the answers"]] == ["stock", "accelerated"]
+
+
+@pytest.mark.parametrize("steps", ["0", "1"])
+def test_an_accelerator_that_does_nothing_cannot_pass(base, tmp_path, monkeypatch, steps):
+    monkeypatch.setattr("omnigene_fast.accelerate", lambda model, **_: model)
+    arguments = ["--model", str(base), "--compare", "--steps", steps, "--limit", "2", "--methods", "model"]
+    with pytest.raises(RuntimeError, match=r"^model: expected it accelerated, got 0 of"):
+        homology.main([*arguments, "--out", str(tmp_path)])
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_no_superfamily_is_in_training_and_in_test():
     train, test = (shared.split_pairs(part) for part in ("train", "test"))
     seen, unseen = ({domain.superfamily for pair in part for domain in (pair.a, pair.b)} for part in (train, test))
@@ -54,7 +227,7 @@ def test_questions_are_the_pairs():
         assert question.group == pair.level
         _, first, second = question.prompt.split("### Sequence ")
         assert first == f"1:\n{pair.a.sequence}\n\n"
-        assert second == f"2:\n{pair.b.sequence}\n\nHomologous? "
+        assert second == f"2:\n{pair.b.sequence}\n\nHomologous?"
     split = [homology.questions("test", level) for level in homology.LEVELS]
     assert sorted(map(str, split[0] + split[1])) == sorted(map(str, asked))
     assert {question.group for question in split[1]} == {"remote"}
@@ -196,8 +369,12 @@ def test_both_ways_from_training_to_answers(base, esm, tmp_path):
     assert "x" in training[1]["speed-up"]
     apart = notes["Training on the answers"].split("differ by at most ")[1].split(" ")[0]
     assert float(apart) < 1e-5
+    assert notes["Training on the answers"].startswith("4 questions, 3 steps of 2;")  # --limit is for both parts
     assert notes["4 questions, one prefill each"].startswith("Answers equal: 4 of 4;")
-    assert float(notes["4 questions, one prefill each"].split("at most ")[1].rstrip(".")) < 1e-4
+    assert float(notes["4 questions, one prefill each"].split("at most ")[1].split(". ")[0]) < 1e-4
+    generate = tables["One prefill against generate"][1]
+    assert generate["larger logit alike"] == "4 of 4"
+    assert float(generate["margins apart"]) < 1e-4
     rows = tables["Homology, 4 test pairs of 6 superfamilies"]
     assert [row["method"] for row in rows] == ["model", "model", "ESM-2, cosine", "ESM-2, cosine"]
     assert {row["n"] for row in rows} == {"2"}
@@ -209,11 +386,10 @@ def test_training_teaches_and_merging_keeps_it(base, tmp_path, monkeypatch):
     from peft.tuners.lora import LoraModel
 
     options = homology.arguments(["--model", str(base), "--steps", "25", "--lr", "1e-2", "--out", str(tmp_path)])
-    lesson = [shared.Question(f"{letter}? ", "no", "") for letter in "abcdefgh"]
+    lesson = [shared.Question(f"{letter}?", "no", "") for letter in "abcdefgh"]
     before, _ = shared.load(options)
     tokenizer = shared.load_tokenizer(base)
-    inputs = answers.prompt_batches(tokenizer, lesson, 8, torch.device("cpu"))[0][1]
-    first = answers.first_tokens(tokenizer, homology.ANSWERS)
+    _, inputs, first = prompts.prompt_batches(tokenizer, lesson, homology.ANSWERS, 8, torch.device("cpu"))[0]
     seen = []
     merge = LoraModel.merge_and_unload
 
@@ -228,7 +404,9 @@ def test_training_teaches_and_merging_keeps_it(base, tmp_path, monkeypatch):
     torch.testing.assert_close(after, seen[0], rtol=1e-3, atol=1e-3)
     assert (after < -1).all()
     assert (answers.margins(before, inputs, first).abs() < 1).all()
-    assert all(text.startswith("no") for text in answers.generated(model, tokenizer, inputs, 3))
+    texts, logits = answers.generated(model, tokenizer, inputs, 3)
+    assert all(text[1:] == "? no" for text in texts)
+    torch.testing.assert_close(answers.margin(logits, first), after, rtol=1e-4, atol=1e-4)
     assert not any("lora" in name for name, _ in model.named_parameters())
 
 

@@ -21,7 +21,7 @@ def definitions():
 
 def piece(question):
     """The definition's part of the prompt."""
-    start, end = f"{question.group}: ", "\nTrue or false? "
+    start, end = f"{question.group}: ", "\nTrue or false?"
     assert question.prompt.startswith(start)
     assert question.prompt.endswith(end)
     return question.prompt[len(start) : -len(end)]
@@ -61,7 +61,7 @@ def test_masks_leave_no_overlap_and_little_else(definitions):
         kept = [word for word in piece(masked).split() if "[...]" not in word]
         assert set(kept) <= set(piece(plain).split())
     assert script.overlap(
-        shared.Question("Lipid or fat: A lipid, not fatty.\nTrue or false? ", "true", "Lipid or fat")
+        shared.Question("Lipid or fat: A lipid, not fatty.\nTrue or false?", "true", "Lipid or fat")
     ) == (pytest.approx(1 / 3))
 
 
