@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import omnigene_fast
@@ -90,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
 
 def build_model(options: argparse.Namespace, device: torch.device, *, accelerated: bool) -> Any:
     """The checkpoint or the small random model, wrapped by PEFT; the same weights and adapters for the same seed."""
+    require()
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(options.seed)
     dtype = getattr(torch, options.dtype)
     if options.model:
@@ -164,6 +166,7 @@ def read_samples(options: argparse.Namespace, tokenizer: Any) -> list[Sample]:
     else:
         rows = [parse(line, number) for number, line in enumerate(options.data.read_text().splitlines(), 1) if line]
     samples: list[Sample] = []
+    long = 0
     for number, row in enumerate(rows, 1):
         for column in wanted:
             if not isinstance(row.get(column), str):
@@ -176,6 +179,12 @@ def read_samples(options: argparse.Namespace, tokenizer: Any) -> list[Sample]:
         labels = [IGNORED] * len(first) + both[len(first) :]
         if len(first) < options.length:  # else nothing of the answer would be left
             samples.append({"input_ids": both[: options.length], "labels": labels[: options.length]})
+        else:
+            long += 1
+    if long and not samples:
+        raise ValueError(f"--length: expected more tokens than a prompt has, got {options.length}, and all are longer.")
+    if long and join()[0] == 0:
+        print(f"left out: {long:,} of {len(rows):,} prompts, which have {options.length} tokens (--length) or more")
     if not samples:
         raise ValueError(f"--data: expected texts of at least two tokens, got none in {options.data}.")
     return samples
@@ -326,8 +335,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def require() -> None:
+    """ImportError with the command that installs what training needs, if it is missing."""
+    for name in ("peft", "accelerate"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"{name} is not installed; install it with: pip install peft accelerate")
+
+
 def check(options: argparse.Namespace) -> None:
-    """ValueError for options that do not go together, before anything is loaded."""
+    """ValueError for options that do not go together, ImportError for a missing package, before anything is loaded."""
+    require()
     for name, path in (("--out", options.out), ("--merged", options.merged)):
         if path and path.exists() and not path.is_dir():
             raise ValueError(f"{name}: expected a directory, got {path}.")

@@ -164,16 +164,25 @@ def test_checkpoint_with_its_tokenizer(script, options, tmp_path, capsys, make):
     assert not any("vision" in name for name in names)
 
 
-def test_prompts_are_not_learned(script, options, tmp_path):
+def test_prompts_are_not_learned(script, options, tmp_path, capsys):
     data = tmp_path / "qa.jsonl"
     rows = [{"prompt": "AB", "response": "C"}, {"prompt": "A" * 40, "response": "C"}]
     data.write_text("\n".join(map(json.dumps, rows)))
-    (sample,) = script.read_samples(options("--answer-only", "--data", str(data)), None)  # the long prompt is left out
+    (sample,) = script.read_samples(options("--answer-only", "--data", str(data)), None)
+    assert capsys.readouterr().out == "left out: 1 of 2 prompts, which have 32 tokens (--length) or more\n"
     assert sample["input_ids"] == [BOS, 68, 69, 70, EOS]
     assert sample["labels"] == [IGNORED, IGNORED, IGNORED, 70, EOS]
     batch = collate([sample, {"input_ids": [BOS, 68], "labels": [BOS, 68]}], pad=0)
     assert batch["labels"].tolist()[1] == [BOS, 68, *[IGNORED] * 3]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
+    data.write_text(json.dumps(rows[0]))
+    script.read_samples(options("--answer-only", "--data", str(data)), None)
+    assert capsys.readouterr().out == ""
+    data.write_text(json.dumps(rows[1]))
+    with pytest.raises(
+        ValueError, match="--length: expected more tokens than a prompt has, got 32, and all are longer"
+    ):
+        script.read_samples(options("--answer-only", "--data", str(data)), None)
 
 
 def test_documents_are_cut_into_samples():
@@ -223,6 +232,18 @@ def test_bad_input_ends_the_script_with_one_sentence(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.strip().splitlines()[-1].startswith("train_lora: --data: expected a jsonl file, got ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_package_is_one_sentence():
+    """A process in which it is not to be found, neither by its name nor by importing it."""
+    hide = "import importlib.util as u, runpy, sys; find = u.find_spec; sys.modules['peft'] = None; "
+    hide += "u.find_spec = lambda name, *rest: None if name == 'peft' else find(name, *rest); "
+    hide += f"sys.argv = ['train_lora']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    sentence = "train_lora: peft is not installed; install it with: pip install peft accelerate"
+    assert done.stderr.strip().splitlines()[-1] == sentence
     assert "Traceback" not in done.stderr
 
 

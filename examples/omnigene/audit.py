@@ -8,9 +8,8 @@ with continued pre-training or with instruction tuning? And does the gate decide
     python examples/omnigene/audit.py --models BASE CPT SFT --data texts.jsonl --label-col kind
     python examples/omnigene/audit.py --compare                       traced by the gate and by hooks, side by side
 
-The texts are the last 16 of each of the 12 families, which cpt.py does not learn. Without --models some steps of
-next-byte training on the others make the CPT checkpoint of a small model, some of questions about the kind of a
-sequence (the answer alone is learned) the SFT one: that shows that the audit works, not what a trained model learns.
+The texts are the last 16 of each of the 12 families, which neither cpt.py nor sft.py learns. Without --models a small
+model is trained on the others, then on questions about their kind: that shows that the audit works, no more.
 """
 
 import argparse
@@ -20,7 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import cpt
 import gate_or_experts as gate
+import sft
 import shared
 import torch
 
@@ -34,7 +35,6 @@ from omnigene_fast.tracing.run import Run
 from omnigene_fast.tracing.texts import Row, read_rows, trace_texts
 
 STAGES = ("base", "cpt", "sft")
-LEARNED = 34  # texts of a family that cpt.py learns, of 50
 GROWTH = ["convention", "stage", "before", "after", "corrected", "low", "high"]
 GROWTH += ["share_corrected", "share_low", "share_high"]
 SHARD = 8192  # tokens of a part file: several, so that workers can share them (audit_dask.py)
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.table(
         "Growth of expert differentiation by stage, paired by document, corrected, with 95 % intervals",
         analysis.decompose(*runs, permutations=options.permutations)[GROWTH],
-        "divergence: mean Jensen-Shannon divergence, in nats; distance: mean of its square root, the scale on which the"
-        " paper's text counts.\n  Where the two stages together changed little, a share has no bounds.",
+        "divergence: mean Jensen-Shannon divergence, in nats; distance: mean of its square root, as in the paper."
+        "\n  Where the two stages together changed little, a share has no bounds.",
     )
     gate.audit(model, encoder(tokenizer), runs[-1], options, results)
     if options.compare:
@@ -97,33 +97,24 @@ def checkpoints(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
         yield from ((stage, *shared.load(options, path)) for stage, path in zip(STAGES, options.models, strict=True))
         return
     model, tokenizer = shared.load(options)
-    lessons = {"cpt": sequences(options.length), "sft": questions(options.length)}
+    learned = lessons(options.length)
     for stage in STAGES:
-        if stage in lessons:
+        if stage in learned:
             shared.switch(model, shared.ways(options)[-1])
             plan = Plan(options.steps, options.batch, learning_rate=1e-3, checkpointing=False, bf16=False)
-            losses = train(model, lessons[stage], plan, pad=PAD, title=stage).losses
+            losses = train(model, learned[stage], plan, pad=PAD, title=stage).losses
             print(f"{stage}: loss {losses[0]:.2f} to {losses[-1]:.2f} nats in {len(losses)} steps", flush=True)
         yield stage, model.eval(), tokenizer
 
 
-def learned() -> list[tuple[str, str]]:
-    """Family and text of what cpt.py learns."""
-    return [(family, text) for family, each in load_texts(LEARNED).items() for text in each]
-
-
-def sequences(length: int) -> list[Sample]:
-    """Texts in pieces, every byte of them learned."""
-    return [piece for _, text in learned() for piece in chunks([BOS, *byte_ids(text)], length)]
-
-
-def questions(length: int) -> list[Sample]:
-    """Questions about the kind of a sequence, of which the answer alone is learned."""
-    samples: list[Sample] = []
-    for family, text in learned():
-        asked, answer = [BOS, *byte_ids(f"{text[: length - 40]}\nWhich kind? ")], [*byte_ids(family), EOS]
-        samples.append({"input_ids": asked + answer, "labels": [IGNORED] * len(asked) + answer})
-    return samples
+def lessons(length: int) -> dict[str, list[Sample]]:
+    """What the small model learns in a stage: the texts of cpt.py in pieces, the answers to "which kind" of sft.py."""
+    texts = (text for each in cpt.texts().values() for text in each)
+    made = {"cpt": [piece for text in texts for piece in chunks([BOS, *byte_ids(text)], length)], "sft": []}
+    for one in sft.kinds("train"):
+        asked, answer = [BOS, *byte_ids(one.prompt)], [*byte_ids(f" {one.answer}"), EOS]
+        made["sft"].append({"input_ids": asked + answer, "labels": [IGNORED] * len(asked) + answer})
+    return made
 
 
 def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
@@ -137,7 +128,6 @@ def trace_families(
 ) -> Run:
     """A run in OUT/traces/WAY/STAGE; what tracing took is added to `measured`."""
     path, device = options.out / "traces" / way / stage, next(model.parameters()).device
-
     name = str(options.models[STAGES.index(stage)]) if options.models else f"small model, {stage}"
     size = {"max_length": options.length, "batch_tokens": options.batch * options.length, "segment_tokens": SHARD}
 
@@ -177,8 +167,7 @@ def differentiation(runs: list[Run], options: argparse.Namespace, results: share
         "Jensen-Shannon divergence in nats (at most ln 2 = 0.693), mean over pairs of families, corrected, with 95 %"
         " intervals;\n  floor: what it stays below in 95 % of the cases if the families do not differ.",
     )
-    caption = "Divergence of the families per layer and stage, corrected, with 95 % intervals; dashed: noise floors."
-    results.picture(figure, "stages", caption)
+    results.picture(figure, "stages", "Divergence of families, corrected, with 95 % intervals; dashed: noise floors.")
 
 
 def compare(traced: dict[str, list[Run]], measured: dict[str, Any], results: shared.Results) -> None:
@@ -187,11 +176,10 @@ def compare(traced: dict[str, list[Run]], measured: dict[str, Any], results: sha
     rows = []
     for stock, ours in zip(*traced.values(), strict=True):
         table = analysis.replay_distance(stock, ours)
-        number = int(table["tokens"].sum())
-        other = round(float((table["differing"] * table["tokens"]).sum()))
+        number, other = int(table["tokens"].sum()), round(float((table["differing"] * table["tokens"]).sum()))
         rows.append({"stage": ours.name, "token and layer": number, "other experts": other})
-        first = 1 - table["differing"].iloc[0]
-        rows[-1] |= {"same set": f"{1 - other / number:.4%}", "in the first layer": f"{first:.4%}"}
+        first = table["differing"].iloc[0]
+        rows[-1] |= {"same set": f"{1 - other / number:.4%}", "in the first layer": f"{1 - first:.4%}"}
     results.table(
         "Experts recorded by hooks on the stock model and by the gate of the accelerated one",
         rows,
@@ -215,10 +203,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--permutations", type=int, default=1000, help="for noise floors and p-values (default: 1000)")
     options = parser.parse_args(argv)
     options.length = options.length or (1024 if options.models else 128)
-    if not 2 <= options.texts <= 50 - LEARNED or options.pairs < 4:
-        parser.error(f"expected --texts from 2 to {50 - LEARNED} and --pairs of at least 4")
-    if options.models and options.model:
-        parser.error("--model is the base of the small trainings; give it or --models")
+    if not 2 <= options.texts <= 50 - cpt.TRAINED or options.pairs < 4:
+        parser.error(f"expected --texts from 2 to {50 - cpt.TRAINED} and --pairs of at least 4")
+    if options.model:
+        raise ValueError(f"--model: expected --models BASE CPT SFT, a checkpoint of each stage, got {options.model}.")
     return options
 
 

@@ -13,10 +13,12 @@ and the same distribution diverge by up to about (127 / 8) * 2 / (8 T) = 4 / T n
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import homology
 import pandas as pd
 import shared
 import torch
@@ -27,7 +29,7 @@ from omnigene_fast.tracing.run import Run
 from omnigene_fast.tracing.texts import Row, trace_texts
 
 ANSWERS = {True: "homologous", False: "not homologous"}
-PARTS = ("### Sequence 1:\n", "\n\n### Sequence 2:\n", "\n\nHomologous? ")
+PARTS = re.split(r"{[ab]}", homology.TEMPLATE)  # the words around the sequences
 FAMILIES, WITHIN = "texts of different families", "texts of one family"
 OTHER, SAME = "prompts of different answers", "prompts of one answer"
 SEQUENCES = {kind: f"two sequences of a prompt, {answer}" for kind, answer in ANSWERS.items()}
@@ -62,7 +64,7 @@ def audit(model: Any, encode: Any, families: Run, options: argparse.Namespace, r
 
 
 def prompts(number: int) -> list[shared.Pair]:
-    """At most `number` pairs of the test part with each answer, the levels in turn."""
+    """At most `number` pairs of the test part, which no stage trains on, with each answer, the levels in turn."""
     found: list[shared.Pair] = []
     for homologous in ANSWERS:
         levels: dict[str, list[shared.Pair]] = {}
@@ -77,8 +79,8 @@ def trace_prompts(model: Any, encode: Any, chosen: Sequence[shared.Pair], path: 
     """A run of whole prompts, each a document; two with the same answer have the same "pair"."""
     found = []
     for number, pair in enumerate(chosen):
-        text = PARTS[0] + pair.a.sequence + PARTS[1] + pair.b.sequence + PARTS[2]
-        found.append(Row(number, text, {"answer": ANSWERS[pair.homologous], "pair": str(number // 2)}))
+        labels = {"answer": ANSWERS[pair.homologous], "pair": str(number // 2)}
+        found.append(Row(number, homology.question(pair).prompt, labels))
     longest = max(len(ids) for ids in encode([row.text for row in found]))
     trace_texts(model, encode, found, path, max_length=longest, batch_tokens=batch * longest, progress=True)
     return omnigene_fast.open_trace(path)

@@ -52,7 +52,7 @@ def opened(out, name, way="accelerated"):
 
 
 def table_of(tables, words):
-    return next(rows for title, rows in tables.items() if words in title)
+    return next(rows for title, rows in tables.items() if words in title.lower())
 
 
 def test_the_last_texts_of_each_family_are_audited(out):
@@ -65,11 +65,33 @@ def test_the_last_texts_of_each_family_are_audited(out):
     assert first.token.tolist()[:50] == [2, *(BYTES + byte for byte in text)][:50]
 
 
+def decoded(samples):
+    return [bytes(token - BYTES for token in sample["input_ids"] if token >= BYTES) for sample in samples]
+
+
 def test_no_audited_text_is_learned(audit):
-    learned = {text for _, text in audit.learned()}
-    assert len(learned) == 12 * 34
-    again = learned & {row.text for row in audit.audited(audit.arguments([]))}
-    assert len(again) == 1  # number 12 of text_general stands in the shipped file twice
+    rows = audit.audited(audit.arguments([]))
+    audited = {row.text.encode() for row in rows}
+    assert len(audited) == 12 * 16
+    learned = audit.lessons(10**6)
+    whole = decoded(learned["cpt"])
+    assert whole == [text.encode() for each in load("cpt").texts().values() for text in each]
+    assert not audited & set(whole)
+    assert audited & {text.encode() for each in load_texts(34).values() for text in each}  # the shipped ones are not so
+    asked = decoded(learned["sft"])
+    assert asked == [f"{one.prompt} {one.answer}".encode() for one in load("sft").kinds("train")]
+    assert not {text[:90] for text in audited} & {text[:90] for text in asked}
+
+
+def test_gate_prompts_are_of_pairs_that_no_stage_learns(audit, gate):
+    chosen = gate.prompts(60)
+    assert len(chosen) == 120
+    sequences = [each.sequence for pair in chosen for each in (pair.a, pair.b)]
+    learned = "\n".join(text for each in load("cpt").texts().values() for text in each)
+    learned += "\n".join(one.prompt for one in load("sft").mixture())
+    assert not [one for one in sequences if one in learned]
+    shipped = "\n".join(text for each in load_texts(34).values() for text in each)
+    assert len([one for one in sequences if one in shipped]) > 10  # the control
 
 
 def test_decomposition_and_differentiation_are_the_analysis(out, tables):
@@ -138,7 +160,9 @@ def test_sequences_are_traced_where_they_stand_in_the_prompt(out, gate):
         sequence = (pair.b if document % 2 else pair.a).sequence
         assert bytes((records.token - BYTES).astype(np.uint8)).decode() == sequence
         text = bytes(np.maximum(prompt.token[1:] - BYTES, 0).astype(np.uint8)).decode()
-        assert text == f"### Sequence 1:\n{pair.a.sequence}\n\n### Sequence 2:\n{pair.b.sequence}\n\nHomologous? "
+        assert (
+            text.rstrip() == f"### Sequence 1:\n{pair.a.sequence}\n\n### Sequence 2:\n{pair.b.sequence}\n\nHomologous?"
+        )
         start = 1 + (text.rindex(sequence) if document % 2 else text.index(sequence))
         same.append(np.sort(records.ids, -1) == np.sort(prompt.ids[:, start : start + len(sequence)], -1))
     assert np.concatenate([each.ravel() for each in same]).mean() > 0.999  # another batch may round a tie
@@ -189,7 +213,8 @@ def test_equal_checkpoints_of_texts_of_ones_own(out, audit, tmp_path, capsys):
             "--models: expected checkpoint directories with a config.json, got a",
         ),
         (["--data", "none.jsonl"], ValueError, "data: expected a JSON-lines file"),
-        (["--models", "a", "b", "c", "--model", "d"], SystemExit, "2"),
+        (["--models", "a", "b", "c", "--model", "d"], ValueError, "--model: expected --models BASE CPT SFT"),
+        (["--model", "d"], ValueError, "--model: expected --models BASE CPT SFT, a checkpoint of each stage, got d"),
         (["--texts", "17"], SystemExit, "2"),  # the others are learned
     ],
 )

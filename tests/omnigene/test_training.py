@@ -1,5 +1,6 @@
 """Continued pre-training and instruction tuning: what is trained, what is left out, what the next stage gets."""
 
+import importlib.util
 import json
 import re
 
@@ -71,12 +72,49 @@ def test_cpt_both_ways_and_its_checkpoint(base, tmp_path, capsys):
     assert "checkpoint: " in capsys.readouterr().out
 
 
-def test_cpt_leaves_texts_for_the_audit():
-    trained, every = load("cpt").texts(), load_texts(50)
-    assert trained.keys() == every.keys()
-    for family, each in every.items():
-        assert trained[family] == each[:34]
-        assert len(each[34:]) == 16
+def kept_out(shared):
+    """What no training text may hold, by its kind, in upper case: each anew from the data."""
+    every, domains = load_texts(50), shared.domains().values()
+    audited = {text.upper() for each in every.values() for text in each[-16:]}
+    prompts = "\n".join(text for family in ("homology_standard", "homology_remote") for text in every[family][-16:])
+    terms = [text for text in every["text_biology"] if shared.by_hash(text.split(". ")[0]) == "test"]
+    assert len(audited) == 12 * 16
+    assert len(terms) > 20
+    return {
+        "audited text": audited,
+        "audited pair": {each.sequence for each in domains if each.sequence in prompts},
+        "test pair": {each.sequence for pair in shared.split_pairs("test") for each in (pair.a, pair.b)},
+        "test sequence": {each.sequence for each in shared.split_domains("test")},
+        "test 3Di": {each.tracks["3di"].upper() for each in shared.split_domains("test")},
+        "test DSSP": {each.tracks["dssp"].upper() for each in shared.split_domains("test")},
+        "test term": {text.upper() for text in terms},
+    }
+
+
+def leaks(texts, kept):
+    """The kinds of what a text holds or is a part of."""
+    found = [text.upper() for text in texts]
+    return {kind for kind, held in kept.items() if any(one in text or text in one for text in found for one in held)}
+
+
+def test_cpt_trains_on_nothing_that_is_tested_or_audited(shared, base, tmp_path):
+    kept, every = kept_out(shared), load_texts(50)
+    # The controls: the shipped texts do hold these, and one text of a kind is found among others.
+    shipped = [text for each in every.values() for text in each[:34]]
+    assert leaks(shipped, kept) == kept.keys() - {"audited pair"}  # which sft.py would train on
+    load("cpt").main(
+        [*SHORT, "--steps", "1", "--rank", "1", "--model", str(base), "--batch", "1", "--stock", "--out", str(tmp_path)]
+    )
+    trained = [json.loads(line)["text"] for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    assert not leaks(trained, kept)
+    for kind, held in kept.items():
+        assert kind in leaks([*trained[:3], f"> {min(held).lower()}"], kept)
+    # Nothing else is left out.
+    for family, each in load("cpt").texts().items():
+        assert set(each) <= set(trained)
+        assert all(leaks([text], kept) for text in set(every[family][:34]) - set(each))
+    about = json.loads((tmp_path / "result.json").read_text())["about"]
+    assert f"on {len(trained)} texts of 12 families; {12 * 34 - len(trained)} more left out" in about
 
 
 @pytest.mark.parametrize("experts", ["frozen", "lora", "full"])
@@ -146,24 +184,65 @@ def test_sft_learns_the_answers_of_training_questions(shared, base, tmp_path):
     assert {one.prompt for one in asked} < prompts
     for questions in sft.TASKS.values():  # nothing that is asked later is trained on
         assert not prompts & {one.prompt for one in questions("test")}
-    arguments = ["--model", str(base), "--limit", "6", "--length", "512", "--batch", "2", "--compare"]
-    runs = sft.main([*SHORT, *arguments, "--length", "512", "--out", str(tmp_path)])
+    arguments = ["--model", str(base), "--limit", "6", "--batch", "2", "--compare"]
+    runs = sft.main([*SHORT, *arguments, "--length", "340", "--out", str(tmp_path)])
     assert runs["accelerated"].losses == pytest.approx(runs["stock"].losses, rel=1e-5)
     rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
-    assert [(row["prompt"], row["response"]) for row in rows] == [(one.prompt, one.answer) for one in asked]
+    short = [one for one in asked if 1 + len(one.prompt.encode()) < 340]
+    assert 12 < len(short) < 18
+    assert [(row["prompt"], row["response"]) for row in rows] == [(one.prompt, f" {one.answer}") for one in short]
+    about = json.loads((tmp_path / "result.json").read_text())["about"]
+    assert f"6 kind; {18 - len(short)} more left out, of 340 tokens or more" in about
+    with pytest.raises(ValueError, match="--length: expected more than "):
+        sft.main([*SHORT, *arguments, "--length", "9", "--out", str(tmp_path)])
     assert loaded(tmp_path / "model").config.num_hidden_layers == TINY.layers
 
 
+def test_sft_trains_on_nothing_that_is_tested_or_audited(shared):
+    sft, true_false, kept = load("sft"), load("true_false"), kept_out(shared)
+    asked = sft.mixture()
+    assert not leaks([one.prompt.removesuffix("\nWhich kind?") for one in asked], kept)
+    every = [one for questions in sft.TASKS.values() for one in questions("train")]
+    assert "audited pair" in leaks([one.prompt for one in every], kept)  # the control: it takes leaving out
+    # Of a term a statement holds the name and a piece of the definition.
+    audited = {text.split(". ")[0] for text in load_texts(50)["text_biology"][-16:]}
+    known = true_false.terms("train")
+    assert audited & known.keys()
+    pieces = {piece for name in audited & known.keys() for piece in known[name]}
+    pieces |= {piece for each in true_false.terms("test").values() for piece in each}
+    found = {True: 0, False: 0}
+    for trained, statements in ((True, asked), (False, true_false.questions("train"))):
+        for one in statements:
+            named = any(one.prompt.startswith(f"{name}: ") for name in {*audited, *true_false.terms("test")})
+            found[trained] += named or any(piece in one.prompt for piece in pieces)
+    assert found[True] == 0
+    assert found[False] > 20
+    answers = [one.answer for one in asked if one.group == "true/false"]
+    assert answers.count("true") == answers.count("false") > 20
+
+
 def test_kinds_are_asked_about_the_texts_of_their_part():
-    sft, every = load("sft"), load_texts(50)
+    sft, every, trained = load("sft"), load_texts(50), load("cpt").texts()
     asked = {part: {(one.prompt, one.answer) for one in sft.kinds(part)} for part in ("train", "test")}
-    for part, chosen in (("train", slice(34)), ("test", slice(34, 50))):
-        expected = {(text[:90] + "\nWhich kind? ", name) for name, each in every.items() for text in each[chosen]}
+    for part, texts in (("train", trained), ("test", {name: each[34:] for name, each in every.items()})):
+        expected = {(text[:90] + "\nWhich kind?", name) for name, each in texts.items() for text in each}
         assert asked[part] <= expected
         assert len(asked[part]) >= 0.98 * len(expected)  # few texts begin alike
     assert not asked["train"] & asked["test"]
     train_lora = load("train_lora")
     question = sft.kinds("train")[0]
     tokens = load("shared").byte_tokenizer()
-    first, answer = (train_lora.ids(text, tokens, begin=False) for text in (question.prompt, question.answer))
-    assert tokens.decode(first + answer) == question.prompt + question.answer
+    first, answer = (train_lora.ids(text, tokens, begin=False) for text in (question.prompt, f" {question.answer}"))
+    assert tokens.decode(first + answer) == f"{question.prompt} {question.answer}"
+
+
+def test_what_is_missing_shows_before_anything_is_made(shared, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    for missing in ("peft", "accelerate", "matplotlib"):
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else found(name)
+        )
+        for stage in ("cpt", "sft"):
+            with pytest.raises(ImportError, match=f"{missing} is not installed; install it with: pip install"):
+                load(stage).main(["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
