@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import prompts
 import shared
 import torch
 from molecules import Molecule, image
@@ -48,24 +49,18 @@ class Encoder:
 
     def sample(self, question: Question, smiles: str | None = None) -> dict[str, Any]:
         """Token ids, the labels of the answer and its end alone, and the molecule whose image comes first."""
-        begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        if smiles is not None:
-            soft = [self.config.image_token_id] * self.side**2
-            begin = [*begin, self.config.boi_token_id, *soft, self.config.eoi_token_id]
-        prompt = begin + self.ids(question.prompt)
-        answer = [*self.ids(question.answer), self.tokenizer.eos_token_id]
-        labels = [IGNORED] * len(prompt) + answer
-        return {"input_ids": prompt + answer, "labels": labels, "smiles": smiles}
+        made: dict[str, Any] = {**prompts.sample(self.tokenizer, question), "smiles": smiles}
+        if smiles is not None:  # behind the begin-of-sequence token, where there is one
+            soft = [self.config.boi_token_id, *[self.config.image_token_id] * self.side**2, self.config.eoi_token_id]
+            at = self.tokenizer.bos_token_id is not None
+            made["input_ids"] = [*made["input_ids"][:at], *soft, *made["input_ids"][at:]]
+            made["labels"] = [IGNORED] * len(soft) + made["labels"]
+        return made
 
     def prompt(self, question: Question, smiles: str | None = None) -> dict[str, Any]:
         """A sample without its answer."""
         sample = self.sample(question, smiles)
         return {**sample, "input_ids": sample["input_ids"][: sample["labels"].count(IGNORED)]}
-
-    def ids(self, text: str) -> list[int]:
-        """Token ids without special ones."""
-        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
 
     def batch(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Samples padded on the right, with labels."""
