@@ -42,8 +42,14 @@ def required(method: str) -> dict[str, list[str]]:
         try:
             shared.program(command[0], PACKAGES[command[0]])
         except RuntimeError as error:
-            raise RuntimeError(f"{error}; or name the methods without {method}: --methods model ...") from None
+            others = " ".join(name for name in ("model", *COMMANDS) if name != method)
+            raise RuntimeError(f"{error}; or leave it out: --methods {others}") from None
     return commands
+
+
+def rule(what: str, cut: float) -> str:
+    """In words: above which score the answer is yes."""
+    return "always" if cut == float("-inf") else "never" if cut == float("inf") else f"{what} > {cut:.4g}"
 
 
 def aligned(command: Sequence[str], pairs: Sequence[Pair], threads: int | None) -> tuple[list[float], float]:

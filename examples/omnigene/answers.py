@@ -15,7 +15,7 @@ from torch import Tensor
 def parser(doc: str, out: str, limit: str) -> argparse.ArgumentParser:
     """The options of `shared.parser`, those of `tuned`, and --limit, which `limit` explains."""
     made = shared.parser(doc, out, small_steps=30)
-    made.add_argument("--steps", type=int, help="training steps before (default: 30; with --model none)")
+    made.add_argument("--steps", type=shared.natural, help="training steps before (default: 30; with --model none)")
     made.add_argument("--lr", type=float, help="learning rate (default: 2e-4; 2e-3 for the small model)")
     made.add_argument("--limit", type=int, help=f"{limit}, at least 2 (default: all)")
     return made

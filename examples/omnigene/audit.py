@@ -196,15 +196,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, help="JSON lines to trace instead of the families")
     add("--text-col", default="text", help="column with the text (default: text)")
     add("--label-col", default="task", help="column with the kind of sequence (default: task)")
-    add("--length", type=int, help="tokens of a text (default: 1024 with --models, else 128)")
+    add("--length", type=shared.positive, help="tokens of a text (default: 1024 with --models, else 128)")
     add("--texts", type=int, default=16, help="of each family that are audited, 2 to 16 (default: 16)")
-    add("--pairs", type=int, default=60, help="homology prompts of each answer (default: 60)")
-    add("--steps", type=int, default=60, help="of each training of the small model (default: 60)")
-    add("--permutations", type=int, default=1000, help="for noise floors and p-values (default: 1000)")
+    add("--pairs", type=int, default=60, help="homology prompts of each answer, at least 4 (default: 60)")
+    add("--steps", type=shared.positive, default=60, help="of each training of the small model (default: 60)")
+    add("--permutations", type=shared.positive, default=1000, help="for noise floors and p-values (default: 1000)")
     options = parser.parse_args(argv)
     options.length = options.length or (1024 if options.models else 128)
-    if not 2 <= options.texts <= 50 - cpt.TRAINED or options.pairs < 4:
-        parser.error(f"expected --texts from 2 to {50 - cpt.TRAINED} and --pairs of at least 4")
+    if not 2 <= options.texts <= 50 - cpt.TRAINED:
+        parser.error(f"--texts: expected 2 to {50 - cpt.TRAINED}, got {options.texts}")
+    if options.pairs < 4:
+        parser.error(f"--pairs: expected at least 4, got {options.pairs}")
     if options.model:
         raise ValueError(f"--model: expected --models BASE CPT SFT, a checkpoint of each stage, got {options.model}.")
     return options

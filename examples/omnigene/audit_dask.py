@@ -110,14 +110,17 @@ def check(run: Run, counts: Any, others: Sequence[Any], options: argparse.Namesp
     for other in others:
         if not np.array_equal(counts, other):
             raise RuntimeError(f"{run.path}: expected equal counts, got other ones; `omnigene-fast verify` says more.")
-    if options.by not in run.labels:
+    by = options.by or "task"
+    if by not in run.labels:
+        if options.by:
+            raise ValueError(f"--by: expected a label of the run ({', '.join(run.labels) or 'none'}), got {by}.")
         return "Equal: all counts."
-    expected = analysis.divergence(run, options.by, permutations=20)
+    expected = analysis.divergence(run, by, permutations=20)
     again = omnigene_fast.open_trace(run.path)
     again.counts = others[0]  # where the measures find them
-    if not analysis.divergence(again, options.by, permutations=20).equals(expected):
+    if not analysis.divergence(again, by, permutations=20).equals(expected):
         raise RuntimeError(f"{run.path}: expected an equal divergence from equal counts.")
-    return f"Equal: all counts, and the divergence by {options.by} from them."
+    return f"Equal: all counts, and the divergence by {by} from them."
 
 
 def small_run(options: argparse.Namespace) -> Run:
@@ -134,10 +137,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = shared.parser(__doc__ or "", "audit_dask")
     add = parser.add_argument
     add("run", type=Path, nargs="?", metavar="RUN", help="directory of a trace; a small one is made by default")
-    add("--workers", type=int, default=2, help="processes to start (default: 2)")
+    add("--workers", type=shared.positive, default=2, help="processes to start (default: 2)")
     add("--scheduler", help="address of a running scheduler, instead of starting workers")
-    add("--by", default="task", help="label of the groups whose divergence is compared (default: task)")
-    add("--texts", type=int, default=16, help="of each family in the small run (default: 16)")
+    add("--by", help="label of the groups whose divergence is compared (default: task, where there is one)")
+    add("--texts", type=shared.positive, default=16, help="of each family in the small run (default: 16)")
     return parser.parse_args(argv)
 
 

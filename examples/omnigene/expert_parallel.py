@@ -49,7 +49,12 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Compare, report; the relative differences of each way by what they are of."""
     parser = shared.parser(__doc__, "expert_parallel", batch=4)
-    parser.add_argument("--exchange", choices=("all_reduce", "all_to_all", "auto"), default="all_reduce")
+    parser.add_argument(
+        "--exchange",
+        choices=("all_reduce", "all_to_all", "auto"),
+        default="all_reduce",
+        help="how tokens reach their experts",
+    )
     parser.add_argument("--reference", action="store_true", help="compare with one process, which holds all of --model")
     parser.add_argument("--length", type=int, default=256, help="tokens of a text at most (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="steps that are timed (default: %(default)s)")

@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, (values, seconds) in others.items():
         scores = curves[name] = named(everything, values)
         cut = alignment.threshold([scores[pair.a.name] for pair in train], [pair.homologous for pair in train])
-        rows += table(test, name, scores, cut, f"score > {cut:.4g}", seconds)
-        everywhere += table(everything, name, scores, cut, f"score > {cut:.4g}", seconds)
+        rows += table(test, name, scores, cut, alignment.rule("score", cut), seconds)
+        everywhere += table(everything, name, scores, cut, alignment.rule("score", cut), seconds)
 
     families = {domain.superfamily for pair in test for domain in (pair.a, pair.b)}
     results.table(

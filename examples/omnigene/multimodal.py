@@ -173,6 +173,7 @@ def report_routing(results: shared.Results, options: argparse.Namespace) -> None
     axis.legend(loc="best")
     note = "Jensen-Shannon divergence in nats, mean over layers, corrected for the molecules' noise, with its 95 %"
     note += " interval; floor: what it stays below in 95 % of the cases if the two are routed alike."
+    note += " The image and the text of a molecule count as two documents."
     results.table("Routing of image and text tokens", rows, note)
     results.picture(figure, "routing", "Image tokens against the text tokens beside them, in each layer.")
 

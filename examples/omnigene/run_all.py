@@ -11,6 +11,7 @@ import argparse
 import base64
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -143,7 +144,8 @@ def run(name: str, options: argparse.Namespace) -> Outcome:
     command = [sys.executable, *launch, str(HERE / job.script), *each]
     begin = time.perf_counter()
     with (folder / "log.txt").open("w") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        loud = os.environ | {"OMNIGENE_FAST_TRACEBACK": "1"}
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=loud, check=False).returncode
     shown = shlex.join(["python", *launch, f"examples/omnigene/{job.script}", *each])
     last = [line for line in (folder / "log.txt").read_text().splitlines() if line.strip()] or [""]
     own = [line for line in last if line.startswith(f"{Path(job.script).stem}: ")]

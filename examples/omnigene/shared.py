@@ -12,9 +12,11 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -131,10 +133,10 @@ def parser(doc: str, out: str, **defaults: Any) -> argparse.ArgumentParser:
     ways = made.add_mutually_exclusive_group()
     ways.add_argument("--stock", action="store_true", help="without the accelerator")
     ways.add_argument("--compare", action="store_true", help="with the accelerator and without it, side by side")
-    add("--batch", type=int, default=8, help="sequences of a batch (default: %(default)s)")
+    add("--batch", type=positive, default=8, help="sequences of a batch (default: %(default)s)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: as the checkpoint was saved")
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, help="CPU threads")
+    add("--seed", type=natural, default=0, help="of weights and order (default: %(default)s)")
+    add("--threads", type=positive, help="CPU threads")
     add("--out", type=Path, default=Path("out") / out, help="directory for everything made (default: %(default)s)")
     made.set_defaults(**defaults)
     return made
@@ -142,6 +144,9 @@ def parser(doc: str, out: str, **defaults: Any) -> argparse.ArgumentParser:
 
 def start(options: argparse.Namespace) -> None:
     """What every script does first: threads, seed, its directory."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # of weights that are read and written
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -171,12 +176,29 @@ def program(name: str, package: str) -> str:
     return found
 
 
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    return 0 if text == "0" else positive(text)
+
+
 def script(name: str, main: Callable[[], object]) -> None:
-    """Run `main`; what the user can mend ends the script with one sentence."""
+    """Run `main`; what the user can mend ends the script with one sentence.
+
+    With OMNIGENE_FAST_TRACEBACK set, as `run_all.py` does for its logs, where it came from is printed before.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT reads a renamed attribute
     try:
         main()
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if os.environ.get("OMNIGENE_FAST_TRACEBACK"):
+            traceback.print_exc()
         sys.exit(f"{name}: " + " ".join(str(error).split()))
 
 
@@ -381,7 +403,8 @@ def check_losses(results: "Results", runs: dict[str, Run], dtype: torch.dtype | 
         return ""
     stock, ours = runs[STOCK].losses, runs[ACCELERATED].losses
     first, every = apart(stock, ours)
-    said = f"Losses differ by at most {first:.1e} in the first ten steps, {every:.1e} in all (relative)."
+    parts = [f"{value:.1e}" if value else "nothing" for value in (first, every)]
+    said = f"Losses differ by at most {parts[0]} in the first ten steps, {parts[1]} in all (relative)."
     exact = str(dtype).removeprefix("torch.") == "float32"
     if math.isinf(every):
         results.fault(f"losses: expected as many finite ones of both ways, got {len(stock)} and {len(ours)}. {said}")
@@ -445,6 +468,8 @@ class Results:
 def shown(value: Any) -> str:
     """A cell of a table."""
     if isinstance(value, float):
+        if math.isinf(value):
+            return "∞" if value > 0 else "-∞"
         return "-" if math.isnan(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "-" if value is None else str(value)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import answers
+import cpt
 import shared
 import torch
 import train_lora
@@ -19,8 +20,6 @@ from shared import Question
 from torch import Tensor
 from tqdm import tqdm
 from vision import Encoder, generated, losses
-
-from omnigene_fast.demo.model import load_texts
 
 HOMOLOGY_TIMES = 3  # how often its questions are among the texts, as in the paper's third stage
 
@@ -101,8 +100,8 @@ def samples(encoder: Encoder, stage: Stage, count: int, options: argparse.Namesp
     """`count` samples of the train part, the stage's share of them with an image."""
     pictures = [(each.question, each.smiles) for each in split_molecules("train")]
     texts = [(question, None) for question in questions("train") * HOMOLOGY_TIMES]
-    for family, each in load_texts(10**6).items():
-        if family != "molecule" and not family.startswith("homology"):  # those hold molecules and domains of the tests
+    for family, each in cpt.texts().items():  # which hold no domain of the tests
+        if family != "molecule":
             texts += [(Question("", text[: options.length], family), None) for text in each]
     order = random.Random(options.seed)
     order.shuffle(pictures)

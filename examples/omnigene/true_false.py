@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     margins, seconds = answers.asked(model, tokenizer, test, ANSWERS, options, results)
     cut = alignment.threshold([overlap(each) for each in train], [each.answer == ANSWERS[0] for each in train])
     rows = table("model", "its answer", test, margins, 0.0)
-    rows += table("overlap of words", f"overlap > {cut:.3g}", test, [overlap(each) for each in test], cut)
+    rows += table("overlap of words", alignment.rule("overlap", cut), test, [overlap(each) for each in test], cut)
     results.table(
         f"True or false, {len(test)} statements about {len({each.group for each in test})} terms",
         rows,

@@ -12,7 +12,6 @@ from omnigene_fast.integrations.experts import implementation, is_experts
 
 from .helpers import load
 
-pytest.importorskip("rdkit")
 molecules, vision, stages, shared = load("molecules"), load("vision"), load("stages"), load("shared")
 multimodal = load("multimodal")
 TINY = ["--steps", "1", "--limit", "3", "--batch", "3", "--length", "24", "--tokens", "3", "--threads", "1"]
