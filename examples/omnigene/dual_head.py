@@ -187,12 +187,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = shared.parser(__doc__ or "", "dual_head", batch=4)
     add = parser.add_argument
-    add("--steps", type=train_lora.positive, default=150, help="optimizer steps (default: %(default)s)")
+    add("--steps", type=train_lora.positive, default=100, help="optimizer steps (default: %(default)s)")
     add("--rank", type=train_lora.positive, default=64, help="of LoRA; alpha is twice that (default: %(default)s)")
-    add("--lr", type=float, help="learning rate (default: 2e-4; 2e-3 for the small model)")
+    add("--lr", type=float, help="learning rate (default: 2e-4; 1e-3 for the small model)")
     add("--limit", type=train_lora.positive, default=300, help="domains that are tested (default: %(default)s)")
     options = parser.parse_args(argv)
-    options.lr = options.lr or (2e-4 if options.model else 2e-3)
+    options.lr = options.lr or (2e-4 if options.model else 1e-3)
     return options
 
 

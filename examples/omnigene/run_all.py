@@ -39,7 +39,7 @@ class Job:
     processes: int = 1
 
 
-TUNE = "--steps 40 --lr 2e-3"  # what a small model needs; the default is a checkpoint's
+TUNE = "--steps 40 --lr 1e-3"  # what a small model needs; the default is a checkpoint's
 JOBS = {
     "cpt": Job("cpt.py", "--compare", "--steps 3 --batch 2 --length 128"),
     "sft": Job(
@@ -54,7 +54,7 @@ JOBS = {
     "homology": Job("homology.py", "--compare --model {sft}/model", "--limit 4", ("sft",)),
     "true_false": Job("true_false.py", "--compare --model {sft}/model", "--limit 4", ("sft",)),
     "dual_head": Job(
-        "dual_head.py", "--compare --model {cpt}/model --lr 2e-3", "--steps 2 --batch 2 --limit 6", ("cpt",)
+        "dual_head.py", "--compare --model {cpt}/model --lr 1e-3", "--steps 2 --batch 2 --limit 6", ("cpt",)
     ),
     "multimodal": Job("multimodal.py", "--compare", "--steps 1 --limit 4 --batch 2 --tokens 8"),
     "ddp": Job(

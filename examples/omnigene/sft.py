@@ -27,7 +27,7 @@ SHOWN = 90  # characters of a sequence whose kind is asked for
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Run]:
     """Train, report; what came of it as "stock" and "accelerated"."""
-    parser = cpt.parser(__doc__, "sft", length=800)
+    parser = cpt.parser(__doc__, "sft", length=800, steps=40, small_rate=1e-3)
     parser.add_argument("--limit", type=train_lora.positive, help="questions of a task at most; all by default")
     options = parser.parse_args(argv)
     cpt.start(options)
