@@ -161,7 +161,11 @@ def beside_the_paper(table: pd.DataFrame, pooled: pd.DataFrame) -> str:
         f" what prompts differ by, and {largely:.0%} of what families do.\n  Text against text,"
         f" less what chance gives: {apart:.4f} between prompts of different answers"
         f" ({mean.loc[SAME]['corrected']:.4f} of one answer) and {text['corrected']:.4f} between families, "
-        + (f"{times(text['corrected'] / apart)} as much." if apart > 0 else "where prompts differ by chance alone.")
+        + (
+            f"{times(text['corrected'] / apart)} as much."
+            if prompt["low"] > 0
+            else "and prompts differ by no more than chance gives."
+        )
     )
 
 

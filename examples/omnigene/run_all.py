@@ -195,7 +195,8 @@ def ways(sections: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             if part["kind"] == "table" and {"way", "tokens/s", "speed-up"} <= set(part["columns"]):
                 cells = [dict(zip(part["columns"], row, strict=True)) for row in part["rows"]]
                 for stock, ours in zip(cells[::2], cells[1::2], strict=True):
-                    row = {"script": section["name"], "what": stock.get("stage", part["title"])}
+                    title = section["title"] if part["title"].startswith("Speed and memory") else part["title"]
+                    row = {"script": section["name"], "what": stock.get("stage", title)}
                     row |= {"stock": stock["tokens/s"], "accelerated": ours["tokens/s"], "speed-up": ours["speed-up"]}
                     row |= {f"MB, {each['way']}": each["peak MB beyond the model"] for each in (stock, ours)}
                     rows.append(row)
