@@ -30,6 +30,7 @@ GROUPS = {
     "aniline": "fr_aniline",
     "amine": "fr_NH2",
     "nitro": "fr_nitro",
+    "nitroso": "fr_nitroso",
     "nitrile": "fr_nitrile",
     "halogen": "fr_halogen",
     "thioether": "fr_sulfide",
