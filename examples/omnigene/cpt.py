@@ -17,13 +17,10 @@ import functools
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import shared
-import torch
 import train_lora
-from transformers import AutoConfig
 
 from omnigene_fast.demo.model import load_texts
 from omnigene_fast.demo.training import Run, join
@@ -95,7 +92,7 @@ def stage(
 ) -> dict[str, Run]:
     """Train on `rows` as train_lora does with the options `more`, leave OUT/model, report."""
     base, rank, world = shared.checkpoint(options), *join()
-    dtype = options.dtype if options.dtype != "auto" else checkpoint_dtype(base)
+    dtype = shared.dtype_of(options, base)
     lr = options.lr or (2e-4 if options.model else options.small_rate)
     data = options.out / "data.jsonl"
     beside = data.with_name(f"data.jsonl.{rank}")  # every process writes the same file: none reads half of one
@@ -117,13 +114,6 @@ def stage(
         results.link(options.out / "model" / "config.json", "checkpoint")
         results.save()
     return runs
-
-
-def checkpoint_dtype(path: Path) -> str:
-    """The dtype that a checkpoint was saved in; bfloat16 if it does not say."""
-    config = AutoConfig.from_pretrained(path)
-    dtype = config.dtype or config.get_text_config().dtype or torch.bfloat16
-    return str(dtype).removeprefix("torch.")
 
 
 def losses(runs: dict[str, Run], rows: int = 8) -> list[dict[str, Any]]:
