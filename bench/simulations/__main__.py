@@ -7,10 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # the worlds are what runs in parallel
-    os.environ.setdefault(_name, "1")
-
 import click
+import torch
 from tqdm import tqdm
 
 from .cells import Cell, Figure, simulate
@@ -38,7 +36,7 @@ def main(worlds: int, only: str, processes: int, out: Path | None) -> None:
     if not chosen:
         raise click.ClickException(f"--only: expected a part of a cell's name, got {only!r}, which none has.")
     rows: list[Figure] = []
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = [pool.submit(_simulate, number, worlds) for number in chosen]
         for future in tqdm(found, unit="cell"):
             rows += future.result()

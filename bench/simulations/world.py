@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..tracing.records import Records
+from ...tracing.records import Records
 
 Lengths = Callable[[np.random.Generator, int], NDArray[np.int64]]
 
