@@ -13,6 +13,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4Text
 
 import omnigene_fast
 from omnigene_fast import ops
+from omnigene_fast.integrations import experts as experts_module
 from omnigene_fast.integrations import gemma4 as router_module
 
 from . import helpers
@@ -755,3 +756,21 @@ def test_every_other_activation_of_transformers_is_refused():
 def test_the_forward_is_told_from_others_by_its_function():
     assert not router_module._is_ours(None)
     assert not router_module._is_ours(lambda hidden: hidden)
+
+
+def test_an_activation_may_be_a_function():
+    experts = moe_layers(helpers.gemma4())[0].experts
+    del experts.act_fn  # a module; torch lets no function take its name
+    experts.act_fn = torch.nn.functional.silu
+    assert experts_module.activation_of(experts) == "silu"
+    experts.act_fn = torch.nn.functional.relu
+    with pytest.raises(ValueError, match="its activation is relu;"):
+        experts_module.activation_of(experts)
+
+
+def test_experts_with_a_gate_of_their_own_and_no_act_fn_are_refused_for_the_gate():
+    experts = moe_layers(helpers.gemma4())[0].experts
+    del experts.act_fn
+    experts._apply_gate = lambda gate_up: gate_up
+    with pytest.raises(ValueError, match="a gate of its own"):
+        experts_module.activation_of(experts)

@@ -1,6 +1,7 @@
 """The experts implementation "omnigene_fast" of transformers: what runs as the forward of an experts module."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ _ACTIVATIONS: dict[type, str] = {
     activations.SiLUActivation: "silu",
     nn.SiLU: "silu",
 }
+_FUNCTIONS = {nn.functional.silu: "silu"}  # LFM2-MoE's experts hold the function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +148,9 @@ def check_weights(experts: nn.Module, gate_up_proj: Any) -> None:
 def activation_of(experts: Any) -> str:
     """The name of the experts' activation; ValueError if these operators cannot serve the module."""
     # From the activation object, never from the config: Gemma-4 has `hidden_activation` and no `hidden_act`.
-    name = _ACTIVATIONS.get(type(getattr(experts, "act_fn", None)))
+    act_fn = getattr(experts, "act_fn", None)
+    name = _FUNCTIONS.get(act_fn) if inspect.isroutine(act_fn) else _ACTIVATIONS.get(type(act_fn))
+    own_gate = type(experts)._apply_gate is not moe._default_apply_gate or "_apply_gate" in experts.__dict__
     if (
         name is not None
         and experts.has_gate
@@ -154,8 +158,7 @@ def activation_of(experts: Any) -> str:
         and not experts.is_transposed
         and not experts.has_bias
         and not getattr(experts, "has_post_expert_norm", False)  # a later transformers than the oldest we serve
-        and type(experts)._apply_gate is moe._default_apply_gate
-        and "_apply_gate" not in experts.__dict__
+        and not own_gate
     ):
         return name
     for refused, what in (
@@ -164,11 +167,11 @@ def activation_of(experts: Any) -> str:
         (not experts.has_gate, "its experts have no gate"),
         (not experts.is_concatenated, "its gate and up rows are interleaved"),
         (getattr(experts, "has_post_expert_norm", False), "its experts end in a norm"),
-        (name is not None, "it has a gate of its own (`_apply_gate`)"),
+        (own_gate, "it has a gate of its own (`_apply_gate`)"),
     ):
         if refused:
             raise _refusal(experts, what)
-    raise _refusal(experts, f"its activation is {type(getattr(experts, 'act_fn', None)).__name__}")
+    raise _refusal(experts, f"its activation is {getattr(act_fn, '__name__', type(act_fn).__name__)}")
 
 
 def _refusal(experts: nn.Module, what: str) -> ValueError:

@@ -26,6 +26,7 @@ class Buffers:
         self._groups: list[tuple[list[int], TraceBuffers]] = []  # per device: positions of its layers, their buffers
         self._views: list[TraceBuffers] = []
 
+    @torch.inference_mode(False)  # a later call outside inference mode could not write into what is made within it
     def reserve(self, tokens: int) -> bool:
         """Make room for `tokens` rows; whether the addresses changed."""
         if tokens <= self.tokens:
@@ -64,6 +65,7 @@ class Buffers:
         for router in self._routers:
             set_trace(router, None)
 
+    @torch.inference_mode(False)
     def take(self, tokens: int) -> "Taken":
         """What the gates wrote into the first `tokens` rows, copied; the rows are unused again.
 

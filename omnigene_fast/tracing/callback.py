@@ -73,8 +73,8 @@ class RouterTraceCallback(TrainerCallback):
         """Open the trace of a step that is measured."""
         self._leave()
         if state.global_step % self.every == 0:
-            self._tracer = _LoadTracer(kwargs["model"], self._path, self._labels)
             try:
+                self._tracer = _LoadTracer(kwargs["model"], self._path, self._labels)
                 self._tracer.__enter__()
             except Exception as error:
                 _warn(error)

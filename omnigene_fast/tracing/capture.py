@@ -287,10 +287,10 @@ class Tracer:
         return 0 if self._scribe is None else self._scribe.dropped
 
     @property
-    def counts(self) -> NDArray[np.int32]:
+    def counts(self) -> NDArray[np.int64]:
         """Picks [documents, layers, experts] so far, rows by rising document number."""
         self.settle()
-        counts: NDArray[np.int32] = self._store.snapshot()[1]
+        counts: NDArray[np.int64] = self._store.snapshot()[1]
         return counts
 
     def verify(self) -> list[str]:

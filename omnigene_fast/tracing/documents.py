@@ -65,7 +65,7 @@ def gather(tables: Iterable[pa.Table]) -> Documents:
     return Documents(doc_ids, n_tokens, text_hash, {name.removeprefix(LABEL): c for name, c in columns.items()})
 
 
-def add_counts(total: NDArray[np.int32], doc_ids: NDArray[np.int64], tables: Iterable[pa.Table]) -> None:
+def add_counts(total: NDArray[np.int64], doc_ids: NDArray[np.int64], tables: Iterable[pa.Table]) -> None:
     """Add the counts of the tables to `total` [D, L, E], whose rows are `doc_ids`."""
     for table in tables:
         rows = np.searchsorted(doc_ids, table["doc_id"].to_numpy())

@@ -16,7 +16,7 @@ class Memory:
 
     def __init__(self, layers: int, num_experts: int) -> None:
         self._shape = (layers, num_experts)
-        self._counts: dict[int, NDArray[np.int32]] = {}
+        self._counts: dict[int, NDArray[np.int64]] = {}
         self._labels: dict[int, dict[str, str]] = {}
         self._tokens: dict[int, int] = {}
 
@@ -42,10 +42,10 @@ class Memory:
         """Tokens per document."""
         return dict(self._tokens)
 
-    def snapshot(self) -> tuple[NDArray[np.int64], NDArray[np.int32], list[dict[str, str]]]:
+    def snapshot(self) -> tuple[NDArray[np.int64], NDArray[np.int64], list[dict[str, str]]]:
         """Document ids [D], ascending; counts [D, L, E]; labels of each document."""
         numbers = sorted(self._counts)
-        counts = np.zeros((len(numbers), *self._shape), np.int32)
+        counts = np.zeros((len(numbers), *self._shape), np.int64)
         for row, number in enumerate(numbers):
             counts[row] = self._counts[number]
         return np.array(numbers, np.int64), counts, [self._labels[number] for number in numbers]

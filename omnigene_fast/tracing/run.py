@@ -19,7 +19,7 @@ from .counting import count_picks
 from .documents import Documents, add_counts, gather, read_docs
 from .records import KINDS, Records
 
-Counted = tuple[NDArray[np.int64], NDArray[np.int32]]  # documents [d], their counts [d, L, E]
+Counted = tuple[NDArray[np.int64], NDArray[np.int64]]  # documents [d], their counts [d, L, E]
 Map = Callable[[Callable[[manifest.Segment], Counted], Sequence[manifest.Segment]], Iterable[Counted]]
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ class Run:
         return pd.DataFrame({"doc_id": known.doc_ids, "n_tokens": known.n_tokens, **columns})
 
     @cached_property
-    def counts(self) -> NDArray[np.int32]:
+    def counts(self) -> NDArray[np.int64]:
         """[D, L, E] picks of each expert by each document, rows as in `documents`."""
-        total = np.zeros((len(self.gathered), len(self.layers), self.num_experts), np.int32)
+        total = np.zeros((len(self.gathered), len(self.layers), self.num_experts), np.int64)
         for segment in self.segments:
             add_counts(total, self.gathered.doc_ids, read_docs(self.path, segment, counts=True))
         return total
@@ -221,7 +221,7 @@ class Run:
                     total[position] += count_picks(ids, slot, 1, self.num_experts)[0, 0]
         return total
 
-    def recount(self, map: Map = map) -> NDArray[np.int32]:
+    def recount(self, map: Map = map) -> NDArray[np.int64]:
         """`counts` [D, L, E] once more, from the tokens and not taken from the docs files, one part file at a time.
 
         Args:
@@ -236,7 +236,7 @@ class Run:
         """
         self.check_kinds(("ids",))
         known = self.gathered.doc_ids
-        total = np.zeros((len(known), len(self.layers), self.num_experts), np.int32)
+        total = np.zeros((len(known), len(self.layers), self.num_experts), np.int64)
         count = partial(_count_documents, str(self.path.resolve()), self.meta)
         for doc_ids, counts in map(count, self.segments):
             missing = np.setdiff1d(doc_ids, known)
@@ -281,7 +281,7 @@ def _count_documents(path: str, meta: dict[str, Any], segment: manifest.Segment)
     run = Run(Path(path), meta, [segment])
     with run.opened(segment) as parquet:
         doc_ids = np.unique(parquet.read(columns=["doc_id"], use_threads=False)["doc_id"].to_numpy())
-        total = np.zeros((len(doc_ids), len(run.layers), run.num_experts), np.int32)
+        total = np.zeros((len(doc_ids), len(run.layers), run.num_experts), np.int64)
         for group in range(parquet.num_row_groups):
             records = run.read_group(parquet, group, None, ("ids",))
             slot = np.searchsorted(doc_ids, records.doc)

@@ -216,7 +216,7 @@ class Writer:
             found = self._gather(manifest.read_manifest(self.path))
         return dict(zip(found.doc_ids.tolist(), found.n_tokens.tolist(), strict=True))
 
-    def snapshot(self) -> tuple[NDArray[np.int64], NDArray[np.int32], list[dict[str, str]]]:
+    def snapshot(self) -> tuple[NDArray[np.int64], NDArray[np.int64], list[dict[str, str]]]:
         """What the run holds now, committed by any rank or earlier session, or in the open segment of this writer.
 
         Returns:
@@ -225,7 +225,7 @@ class Writer:
         with self._lock:
             committed = manifest.read_manifest(self.path)
             found = self._gather(committed)
-            counts = np.zeros((len(found), len(self.meta["layers"]), self.meta["num_experts"]), np.int32)
+            counts = np.zeros((len(found), len(self.meta["layers"]), self.meta["num_experts"]), np.int64)
             for segment in committed:
                 add_counts(counts, found.doc_ids, read_docs(self.path, segment, counts=True))
             add_counts(counts, found.doc_ids, self._open.docs_tables())

@@ -139,3 +139,19 @@ def test_scalars_by_hand():
 def test_every_must_be_a_count(every):
     with pytest.raises(ValueError, match="every: expected an integer >= 1"):
         omnigene_fast.RouterTraceCallback(every)
+
+
+def test_a_model_that_no_trace_takes_is_trained_unmeasured(tmp_path, caplog):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["router"])
+    model = get_peft_model(omnigene_fast.accelerate(gemma4()), lora)
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[omnigene_fast.RouterTraceCallback(every=1)])
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "this step is not measured" in caplog.text
+    assert "modules_to_save" in caplog.text

@@ -839,3 +839,17 @@ def test_only_the_owner_of_the_decision_writes(tmp_path, monkeypatch):
         model(tokens(1, 4))
     assert tr.tokens == 0
     assert not (tmp_path / "run").exists()
+
+
+@backends
+def test_calls_in_inference_mode_are_recorded_as_others(backend, tmp_path):
+    model, inputs = prepared(backend), tokens(2, 12)
+    for name, mode in (("plain", torch.no_grad), ("inference", torch.inference_mode)):
+        with omnigene_fast.trace(model, tmp_path / name):
+            with mode():
+                model(inputs)
+                model.generate(inputs, max_new_tokens=3, do_sample=False)
+            model(inputs, labels=inputs).loss.backward()  # a training step may follow in the same trace
+    counts = [omnigene_fast.open_trace(tmp_path / name).counts for name in ("plain", "inference")]
+    assert np.array_equal(*counts)
+    assert counts[0].sum(-1).min() > 0

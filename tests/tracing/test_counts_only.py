@@ -93,3 +93,15 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
         pytest.raises(ValueError, match="expected a run that records no tokens"),
     ):
         writer.add_counts(ids, good, tokens)
+
+
+def test_counts_of_a_document_in_several_segments_add_up_beyond_32_bits(tmp_path):
+    shape = {"layers": [0], "num_experts": 4, "top_k": 1, "model": "x"}
+    half = np.array([[[1_600_000_000, 100, 100, 100]]], np.int32)
+    with Writer(tmp_path / "run", shape, record=()) as writer:
+        for _ in range(2):
+            writer.add_counts(np.array([5]), half, np.array([1_600_000_300]))
+        assert writer.snapshot()[1].tolist() == [[[3_200_000_000, 200, 200, 200]]]
+    run = open_trace(tmp_path / "run")
+    assert run.counts.tolist() == [[[3_200_000_000, 200, 200, 200]]]
+    assert run.verify() == []

@@ -53,7 +53,7 @@ def test_documents_and_counts(path):
         for position in range(3):
             wanted = np.bincount(given.ids[position, given.doc == doc].ravel(), minlength=16)
             assert np.array_equal(run.counts[doc, position], wanted)
-    assert run.counts.dtype == np.int32
+    assert run.counts.dtype == np.int64
     assert (run.layers, run.num_experts, run.top_k, run.record, run.name) == ([7, 2, 5], 16, 4, ALL, "run")
     assert "6 documents, 29 tokens, 3 layers" in repr(run)
 

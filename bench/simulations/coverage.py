@@ -1,8 +1,0 @@
-"""Cells of coverage; none yet."""
-
-from .cells import Cell
-
-
-def cells() -> list[Cell]:
-    """The cells of this module."""
-    return []
