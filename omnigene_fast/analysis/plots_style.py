@@ -82,10 +82,15 @@ def unique(values: Any) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
+def several(count: int, noun: str) -> str:
+    """How many, with the noun: "1 document", "2,000 documents"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def size_of(sizes: pd.DataFrame, group: str) -> str:
     """How much a group holds, in the last run."""
     docs, tokens = sizes.loc[sizes["group"] == group, ["docs", "tokens"]].iloc[-1]
-    return f"{docs:,} document{'s' * (docs != 1)}, {tokens:,} tokens"
+    return f"{several(docs, 'document')}, {several(tokens, 'token')}"
 
 
 def grid_of(cells: pd.DataFrame, layers: Sequence[int], experts: int, column: str) -> Any:

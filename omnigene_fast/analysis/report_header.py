@@ -10,6 +10,13 @@ from .report_page import items, rows_of, safe
 from .report_tables import Tables
 
 UNKNOWN = "not recorded"
+TERMS = (
+    "<b>nats</b>: the unit of divergence and entropy with the natural logarithm. <b>[a, b]</b>: 95 % interval."
+    " <b>p</b>: how often chance alone gives a difference as large; <b>q</b>: p corrected for the number of"
+    " comparisons."
+    " <b>Effective experts</b>: how many equally used experts would be used as evenly as these. A <b>cell</b> is one"
+    " expert of one layer for one group of documents."
+)
 
 
 def header(t: Tables, findings: Sequence[str]) -> str:
@@ -17,13 +24,17 @@ def header(t: Tables, findings: Sequence[str]) -> str:
     run = t.runs[-1]
     layers = len(run.layers)
     word = "run" if len(t.names) == 1 else "runs"
+    where = f"each of the {layers} recorded layers" if layers > 1 else "the recorded layer"
+    if len(t.groups) > 1:
+        shown = f"the {len(t.groups)} {t.noun}s use, how different their choices are,"
+    else:
+        shown = f"the documents, all of one {t.noun}, use"
     names = ", ".join(safe(name) for name in t.names)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     group = "" if t.noun == t.by else f" A group is the documents with one value of the label <b>{safe(t.by)}</b>."
     intro = (
-        f"In each of the {layers} recorded layers of this model a router sends every token to {run.top_k} of"
-        f" {run.num_experts} small networks, the experts. This report shows which experts the {len(t.groups)}"
-        f" {t.noun}s use, how different their choices are, and how sure one can be of it.{group}"
+        f"In {where} of this model a router sends every token to {run.top_k} of {run.num_experts} small networks, the"
+        f" experts. This report shows which experts {shown} and how sure one can be of it.{group}"
     )
     if len(t.names) > 1:
         intro += f" It compares {len(t.names)} runs, in the order given."
@@ -32,7 +43,7 @@ def header(t: Tables, findings: Sequence[str]) -> str:
             f"<header><h1>Router report: {names}</h1><p class=sub>{word.capitalize()} by <b>{safe(t.by)}</b> · made"
             f" {made}</p></header>",
             f"<p>{intro}</p>",
-            f"<div class='card findings'><h2>Key findings</h2>{items(findings)}</div>",
+            f"<div class='card findings'><h2>Key findings</h2>{items(findings)}<p class=small>{TERMS}</p></div>",
             f"<div class=card><h2>What was traced</h2>{rows_of(_runs(t), wrap=True)}</div>",
         ]
     )
@@ -54,6 +65,7 @@ def _runs(t: Tables) -> pd.DataFrame:
                 "documents": documents,
                 "tokens": f"{int(sizes['tokens'].sum()):,}",
                 "dropped tokens": f"{run.dropped:,}",
+                "note": _text(run.meta.get("note")),
                 "layers": _span(run.layers),
                 "experts": f"{run.num_experts}, top {run.top_k}",
                 "recorded": ", ".join([*run.record, "counts"]),
@@ -65,6 +77,8 @@ def _runs(t: Tables) -> pd.DataFrame:
             }
         )
     facts = [name for name in rows[0] if name != "run"]
+    if all(run.meta.get("note") is None for run in t.runs):
+        facts.remove("note")
     columns = [[row[fact] for fact in facts] for row in rows]
     return pd.DataFrame(dict(zip(["", *t.names], [facts, *columns], strict=True)))  # no run's name is empty
 

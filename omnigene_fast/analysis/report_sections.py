@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from . import plots
-from .plots_style import SIGNIFICANT, best_value, percent, told_apart
+from .plots_style import SIGNIFICANT, best_value, percent, several, told_apart
 from .report_method import METHOD, REFERENCES
 from .report_page import Section, items, safe
 from .report_tables import Tables, strongest
@@ -56,19 +56,25 @@ def sections(t: Tables) -> Iterator[Section]:
 
 def heatmaps(t: Tables) -> Section:
     assert t.specialty is not None
-    experts, top_k = t.runs[0].num_experts, t.runs[0].top_k
+    experts, top_k, several_groups = t.runs[0].num_experts, t.runs[0].top_k, len(t.groups) > 1
     words = [
-        f"Each panel is one {t.noun}, each row a layer, each column an expert; the colour says how often the router"
+        f"{'Each panel' if several_groups else 'The panel'} is one {t.noun}, each row a layer, each column an expert;"
+        " the colour says how often the router"
         f" of the layer sends the tokens of that {t.noun} to the expert. Bright: much more often than if all"
         f" {experts} experts were used alike (1 x is {percent(1 / experts, 2)} of the picks; a token picks {top_k}"
         f" different experts, so that no expert can exceed {experts / top_k:.3g} x). Experts have numbers within"
         " their layer only: expert 5 of layer 3 and expert 5 of layer 4 are different networks.",
-        "Look for panels with bright spots of their own: those experts are the specialists. " + spread(t),
+        (
+            "Look for panels with bright spots of their own: those experts are the specialists. "
+            if several_groups
+            else ""
+        )
+        + spread(t),
     ]
-    if len(t.groups) > 1:
+    if several_groups:
         found = strongest_preference(t)
         words += [found] if found else []
-    best = preferences(t).head(200) if len(t.groups) > 1 else pd.DataFrame()
+    best = preferences(t).head(200) if several_groups else pd.DataFrame()
     tables = []
     if len(best):
         columns = ["group", "layer", "expert", "share", "mean_share", "corrected", "low", "high", "q_value", "docs"]
@@ -76,14 +82,16 @@ def heatmaps(t: Tables) -> Section:
         tables.append((title, best[columns].rename(columns={"corrected": "specialty"}).reset_index(drop=True)))
     return Section(
         "experts",
-        f"Which experts each {t.noun} uses",
+        f"Which experts each {t.noun} uses" if several_groups else "Which experts are used",
         words,
         plots.heatmaps(t.specialty, t.sizes, top_k),
         f"Heat maps of the share of picks by layer and expert, a panel per {t.noun}",
         {
             "Unit": "share of the picks of a layer, as a multiple of an even spread (logarithmic colours)",
             "n": how_many(t),
-            "Interval and p-value": "of the specialty, per cell, in the table and the CSV; q: Benjamini-Hochberg",
+            "Interval and p-value": "of the specialty, per cell, in the table and the CSV; q: Benjamini-Hochberg"
+            if several_groups
+            else "none: they would compare groups",
         },
         ("specialty.csv",),
         tables,
@@ -118,7 +126,7 @@ def matrix(t: Tables) -> Section:
             "Noise floor": floors(pairs, corrected=False),
         },
         ("divergence.csv", "divergence_by_layer.csv"),
-        [(f"Table: {len(table)} pairs with interval and noise floor", table)],
+        [(f"Table: {several(len(table), 'pair')} with interval and noise floor", table)],
     )
 
 
@@ -128,9 +136,12 @@ def curves(t: Tables) -> Section:
     per_layer = t.of(table[table["layer"] != "mean"])
     values = best_value(per_layer)
     most, least = per_layer.loc[values.idxmax()], per_layer.loc[values.idxmin()]
+    pairs = len(t.groups) * (len(t.groups) - 1) // 2
+    mean_of = f"the divergence of the two {t.noun}s"
+    if pairs > 1:
+        mean_of = f"the mean divergence over all {pairs} pairs of {t.noun}s"
     words = [
-        "Expert differentiation of a layer is the mean divergence over all"
-        f" {len(t.groups) * (len(t.groups) - 1) // 2} pairs of {t.noun}s: the higher, the more the layer sends"
+        f"Expert differentiation of a layer is {mean_of}: the higher, the more the layer sends"
         f" different {t.noun}s to different experts. The line is corrected for the finite number of documents; the"
         " band is its 95 % interval.",
     ]
@@ -156,7 +167,7 @@ def curves(t: Tables) -> Section:
         "Expert differentiation by layer, a line per run",
         {
             "Unit": f"{most['unit']}, mean over pairs",
-            "n": f"{docs:,} documents, {tokens:,} tokens in {t.last}",
+            "n": f"{several(docs, 'document')}, {several(tokens, 'token')} in {t.last}",
             "Interval": RESAMPLED,
             "Noise floor": floors(per_layer, corrected=True),
         },
@@ -290,7 +301,8 @@ def tokens(t: Tables, examples: pd.DataFrame, html: str) -> Section:
         return Section("tokens", title, [without_tokens(t)])
     known = examples["text"].notna().all()
     words = [
-        f"The beginning of one document of each {t.noun}. The colour of a token is the expert that the router of"
+        f"The beginning of one document{f' of each {t.noun}' if len(t.groups) > 1 else ''}."
+        " The colour of a token is the expert that the router of"
         " the chosen layer ranks first for it; the seven experts most frequent in these examples have a colour,"
         " the others are grey. Point at a token to read its expert. If one colour fills a whole document, the"
         " expert follows the kind of text; if a colour follows a letter or a word, it follows the token.",
@@ -304,7 +316,7 @@ def tokens(t: Tables, examples: pd.DataFrame, html: str) -> Section:
         words,
         facts={
             "Unit": "first of the experts of a token",
-            "n": f"{documents} documents, {len(examples):,} tokens",
+            "n": f"{several(documents, 'document')}, {several(len(examples), 'token')}",
             "Interval": "none: examples",
         },
         csv=("tokens.csv",),
@@ -360,7 +372,7 @@ def balance(t: Tables) -> Section:
             "Interval": f"{RESAMPLED}: of the mean over layers in the table, per layer in the CSV",
         },
         ("load.csv", "sizes.csv"),
-        [(f"Table: load by {t.noun}, mean over {layers} layers", every.rename(columns=names))],
+        [(f"Table: load by {t.noun}, mean over {several(layers, 'layer')}", every.rename(columns=names))],
         open_tables=True,
     )
 

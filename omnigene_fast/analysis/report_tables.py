@@ -135,6 +135,7 @@ def has_tokens(run: Any) -> bool:
 
 def strongest(edges: pd.DataFrame) -> pd.DataFrame:
     """The steps of one run whose lift is surely the largest, among those that enough tokens take."""
+    edges = edges[edges["tokens"] > 0]  # of a step that no token takes, between experts never picked, no lift is known
     often = edges[edges["share"] >= SMALLEST_PATH]
     if len(often) < EDGES:
         often = edges.sort_values("share", ascending=False, kind="stable").head(2 * EDGES)

@@ -5,7 +5,17 @@ import math
 import numpy as np
 import pandas as pd
 
-from .plots_style import SIGNIFICANT, best_value, corrected_floor, decimals, fixed, percent, row_decimals, told_apart
+from .plots_style import (
+    SIGNIFICANT,
+    best_value,
+    corrected_floor,
+    decimals,
+    fixed,
+    percent,
+    row_decimals,
+    several,
+    told_apart,
+)
 from .report_page import safe
 from .report_tables import Tables
 from .resampling import benjamini_hochberg
@@ -26,11 +36,28 @@ def findings(t: Tables) -> list[str]:
     if t.pairs is not None:
         pairs = ranked(tested(t, t.last))
         out.append(f"In {bold(t.last)}, {extremes(pairs)} {counted(t, pairs)}")
+    out += collapsed(t)
     out.append(spread(t))
     if t.specialty is not None and len(t.groups) > 1:
         found = strongest_preference(t)
         if found:
             out.append(found)
+    return out
+
+
+def collapsed(t: Tables) -> list[str]:
+    """A sentence per run in some of whose layers all tokens of all groups go to the same K experts."""
+    out = []
+    for name, run in zip(t.names, t.runs, strict=True):
+        used = (run.counts.sum(0) > 0).sum(-1)  # [L]
+        layers = [layer for layer, count in zip(run.layers, used, strict=True) if count == run.top_k < run.num_experts]
+        if layers:
+            where = "in every layer" if len(layers) == len(run.layers) else f"in layer{'s' * (len(layers) > 1)} "
+            where += "" if len(layers) == len(run.layers) else listed([str(layer) for layer in layers])
+            out.append(
+                f"In {bold(name)} every token goes to the same {run.top_k} experts {where}: such a router has"
+                " collapsed, and says nothing about the texts."
+            )
     return out
 
 
@@ -132,8 +159,9 @@ def how_many(t: Tables) -> str:
     docs, tokens = sizes["docs"], sizes["tokens"]
     each = f"{docs.min():,}" if docs.min() == docs.max() else f"{docs.min():,} to {docs.max():,}"
     if len(sizes) == 1:
-        return f"{each} documents, {tokens.sum():,} tokens in {t.last}"
-    return f"{each} documents per {t.noun}, {tokens.min():,} to {tokens.max():,} tokens each ({t.last})"
+        return f"{several(docs.sum(), 'document')}, {several(tokens.sum(), 'token')} in {t.last}"
+    amount = f"{tokens.min():,}" if tokens.min() == tokens.max() else f"{tokens.min():,} to {tokens.max():,}"
+    return f"{each} document{'s' * (each != '1')} per {t.noun}, {amount} tokens each ({t.last})"
 
 
 def spread(t: Tables) -> str:
@@ -145,10 +173,12 @@ def spread(t: Tables) -> str:
         least, most = mine["effective_experts"].min(), mine["effective_experts"].max()
         ends = f"{least:.1f}" if len(mine) == 1 else f"{least:.1f} to {most:.1f}"
         bare = "uncorrected: too few documents for an interval"
-        return f"In {bold(t.last)}, the {t.noun}s use {ends} {all_experts} ({bare})."
+        who = f"{bold(mine['group'].iloc[0])} uses" if len(mine) == 1 else f"the {t.noun}s use"
+        return f"In {bold(t.last)}, {who} {ends} {all_experts} ({bare})."
     few, many = sure.loc[sure["corrected"].idxmin()], sure.loc[sure["corrected"].idxmax()]
     left_out = len(mine) - len(sure)
-    rest = f" {left_out} with too few documents for an interval are left out." if left_out else ""
+    noun = several(left_out, t.noun) + (" is" if left_out == 1 else " are")
+    rest = f" {noun} left out, with too few documents for an interval." if left_out else ""
 
     def told(row: pd.Series) -> str:
         return f"{row['corrected']:.1f}{between(row['low'], row['high'], 1)}"
@@ -161,6 +191,8 @@ def spread(t: Tables) -> str:
             f" {bold(many['group'])} most widely, over {told(many)}.{rest}"
         )
     ends = f"{sure['low'].min():.1f} and {sure['high'].max():.1f}"
+    if sure["low"].min() == sure["high"].max():
+        return f"In {bold(t.last)}, all {t.noun}s use {sure['low'].min():.1f} {all_experts}.{rest}"
     return (
         f"In {bold(t.last)}, all {t.noun}s use between {ends} {all_experts}:"
         f" the ends of their intervals, which overlap too much to say which is routed most narrowly.{rest}"

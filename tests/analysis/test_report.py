@@ -15,7 +15,9 @@ from omnigene_fast.analysis.divergence import differentiation, divergence, diver
 from omnigene_fast.analysis.load import load
 from omnigene_fast.analysis.report import report
 from omnigene_fast.analysis.report_page import in_script, number, safe
+from omnigene_fast.analysis.report_tables import strongest
 from omnigene_fast.analysis.specialty import specialty
+from omnigene_fast.tracing.counting import count_picks
 from omnigene_fast.tracing.run import open_trace
 from omnigene_fast.tracing.store import Writer
 
@@ -295,7 +297,7 @@ def test_a_group_of_one_document_takes_no_part_in_the_order(tmp_path):
     alone = np.flatnonzero(run.documents["task"] == "c")
     run.documents.loc[alone[1:], "task"] = None
     part = section(report(run, tmp_path / "r.html", **SETTINGS).read_text(), "load")
-    assert "1 with too few documents for an interval are left out." in part
+    assert "1 task is left out, with too few documents for an interval." in part
     assert "Too few documents to correct by, so shown as measured: <b>c</b> of <b>base</b>." in part
     assert "<b>c</b> is routed" not in part
 
@@ -493,3 +495,50 @@ def test_escaping():
         "a",
         "2",
     ]
+
+
+def words_of(path):
+    """The page's words, without tables and scripts."""
+    text = re.sub(r"<(script|style|table).*?</\1>", "", path.read_text(), flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", text))
+
+
+def test_routers_that_have_collapsed(tmp_path):
+    """No step or lift is known between experts that no token takes."""
+    run = audited(groups=("protein", "code"), documents=5, experts=32, top_k=4)
+    run.records.ids[[0, 2]] = np.arange(4, dtype=run.records.ids.dtype)
+    run.counts = count_picks(run.records.ids, run.records.doc, len(run.documents), 32)
+    path = report(run, tmp_path / "some.html", **SETTINGS)
+    assert "In base every token goes to the same 4 experts in layers 0 and 2: such a router" in words_of(path)
+    run.records.ids[:] = np.arange(4, dtype=run.records.ids.dtype)
+    run.counts = count_picks(run.records.ids, run.records.doc, len(run.documents), 32)
+    path = report(run, tmp_path / "all.html", **SETTINGS)
+    assert "In base every token goes to the same 4 experts in every layer" in words_of(path)
+    drawn = pd.read_csv(tmp_path / "all_data" / "flow.csv")
+    assert (drawn["tokens"] == 0).any()
+    assert strongest(drawn)["tokens"].min() > 0
+    path = report(audited(groups=("protein", "code"), documents=5), tmp_path / "sound.html", **SETTINGS)
+    assert "collapsed" not in words_of(path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"groups": ("protein",)},
+        {"groups": ("protein",), "documents": 1, "layers": 1},
+        {"groups": ("protein", "code"), "documents": 1, "layers": 2},
+    ],
+)
+def test_one_of_anything_is_in_the_singular(settings, tmp_path):
+    words = words_of(report(audited(**settings), tmp_path / "r.html", **SETTINGS))
+    assert re.findall(r"\b1 (?:recorded )?(?:task|document|layer|pair|token|group|run|step)s\b", words) == []
+    if len(settings["groups"]) == 1:
+        assert "the tasks use" not in words
+        assert "each task" not in words
+
+
+def test_a_note_on_a_run_is_shown(tmp_path):
+    run = audited(groups=("protein", "code"), documents=3)
+    assert "<td>note</td>" not in report(run, tmp_path / "without.html", **SETTINGS).read_text()
+    run.meta["note"] = "random <weights>"
+    assert "random &lt;weights&gt;" in report(run, tmp_path / "with.html", **SETTINGS).read_text()
