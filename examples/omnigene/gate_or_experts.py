@@ -51,8 +51,8 @@ def audit(model: Any, encode: Any, families: Run, options: argparse.Namespace, r
         rows(table, pooled, families.layers),
         "js: mean over pairs; floor: what chance gives at that number of tokens; corrected: js - floor, with its 95 %"
         " interval;\n  re-paired: js of sequences put together at random; p: of js as far from that by chance. Tokens"
-        " of a text are alike, so\n  that the true floors lie above these. Pooled families: floor of permuted texts,"
-        f" corrected by the jackknife over them.\n\n  {beside_the_paper(table, pooled)}",
+        " of a text are alike, so\n  that the true floors lie above these. Pooled families: floor of texts without a"
+        f" difference, corrected by the jackknife over them.\n\n  {beside_the_paper(table, pooled)}",
     )
     results.picture(
         picture(table, pooled),

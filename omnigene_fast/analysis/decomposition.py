@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .divergence import differentiation_values
 from .groups import Groups, RunLike, check_permutations, check_unit, group, label_column
-from .permutation import null_swap
+from .null import null_swap
 from .resampling import Jackknife, p_value, quantile
 
 if TYPE_CHECKING:

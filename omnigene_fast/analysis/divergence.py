@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .entropy import shannon
 from .groups import Groups, RunLike, check_permutations, check_unit, group
-from .permutation import deleted_pairs, null_mean, null_pair, pair_values
+from .null import deleted_pairs, null_mean, pair_values
 from .resampling import Jackknife, benjamini_hochberg, p_value
 
 if TYPE_CHECKING:
@@ -68,15 +68,21 @@ def divergence(
     Args:
         run: an opened trace.
         by: label that makes the groups; documents without it are left out.
-        permutations: of document labels among the two groups of a pair, for `floor` and `p_value`; 0: NaN there.
-        seed: of the permutations; a pair's are the same in all layers.
+        permutations: worlds in which the two groups of a pair are routed alike, for `floor` and `p_value`; 0: NaN
+            there. In each, every document keeps its length and departs from the shares of both groups together as much
+            as it did, but to a random side (`null.null_mean`).
+        seed: of these worlds; a pair's are the same in all layers.
         base: "nats" or "bits".
 
     Returns:
         a row per layer and pair: layer (decoder index), a, b, js (plug-in), corrected (jackknife over documents; below
-        0 it says no more than noise), low, high (95 %), floor (mean of js under permuted labels: what js is when the
-        groups do not differ), floor_95 (its 95th percentile), p_value, q_value (Benjamini-Hochberg over the rows of
-        this table), docs_a, docs_b, tokens_a, tokens_b, unit.
+        0 it says no more than noise), low, high (95 %), floor (mean of js in these worlds: what js is when the expected
+        routing of these groups is equal), floor_95 (its 95th percentile), p_value, q_value (Benjamini-Hochberg over the
+        rows of this table), docs_a, docs_b, tokens_a, tokens_b, unit.
+
+        In 200 simulated worlds of equal routing each (5 to 100 documents a group of 20 to 2,000 tokens, also of unequal
+        lengths and dispersions), p_value was at most 0.05 in 0 to 5 % of them, and js 0.88 to 1.13 of its floor; with
+        few documents the test is cautious (`python -m omnigene_fast.bench.simulations --only level`).
 
     Raises:
         ValueError: no such label, fewer than two groups, an unknown base.
@@ -89,7 +95,7 @@ def divergence_summary(
 ) -> "pandas.DataFrame":
     """Divergence of every two groups, averaged over the layers: a mean of values, never of distributions.
 
-    The interval, floor and p-value are those of the mean: a document is left out of, and relabelled in, all layers at
+    The interval, floor and p-value are those of the mean: a document is left out of, and departs in, all layers at
     once. Arguments and columns as `divergence`, with `layers`, their number, in place of `layer`.
     """
     return divergence_tables(run, by, permutations=permutations, seed=seed, base=base)[1]
@@ -98,7 +104,7 @@ def divergence_summary(
 def divergence_tables(
     run: RunLike, by: str = "task", *, permutations: int = 1000, seed: int = 0, base: str = "nats"
 ) -> tuple["pandas.DataFrame", "pandas.DataFrame"]:
-    """The tables of `divergence` and `divergence_summary`, whose arguments these are, from one set of permutations."""
+    """The tables of `divergence` and `divergence_summary`, whose arguments these are, from one set of worlds."""
     import pandas as pd
 
     unit = check_unit(base)
@@ -119,7 +125,7 @@ def differentiation(
 ) -> "pandas.DataFrame":
     """Expert differentiation: the mean divergence over all pairs of groups, in each layer and averaged over layers.
 
-    Args: as `divergence`; the labels are permuted among all documents.
+    Args: as `divergence`; in the worlds of `permutations` all groups are routed alike.
 
     Returns:
         a row per layer and one for their mean: layer (decoder index, "mean"), js, corrected, low, high (jackknife over
@@ -136,7 +142,8 @@ def differentiation(
     groups = group(run, by, minimum=2)
     estimate = differentiation_estimate(groups)
     general = _generalized(groups)
-    null = with_mean(null_mean(groups, permutations, seed)) if permutations else None
+    everything = range(len(groups.names))
+    null = with_mean(null_mean(groups, everything, permutations, [seed, len(groups.names)])) if permutations else None
     table = pd.DataFrame({"layer": [*groups.layers, "mean"], **_measured(estimate, null, unit)})
     for name, values in _measured(general, None, unit).items():
         if name in ("js", "corrected", "low", "high"):
@@ -183,7 +190,7 @@ def _pairs(groups: Groups, permutations: int, seed: int) -> Iterator[tuple[int, 
     """Per pair of groups: positions, value [L], values [n, L] without each document of either, permutations [R, L]."""
     between, deleted = pair_values(groups.probabilities), deleted_pairs(groups)
     for a, b in groups.pairs:
-        null = null_pair(groups, a, b, permutations, seed) if permutations else None
+        null = null_mean(groups, (a, b), permutations, [seed, a, b]) if permutations else None
         yield a, b, between[a, b], [deleted[a][:, b], deleted[b][:, a]], null
 
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from .groups import RunLike, check_permutations, check_unit, chunk_rows, label_column
-from .permutation import entropy
+from .null import entropy
 from .resampling import Jackknife, p_value
 
 if TYPE_CHECKING:

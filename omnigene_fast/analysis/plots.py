@@ -216,7 +216,7 @@ def _pair(row: pd.Series) -> str:
     """What the hover of a pair says."""
     digits = row_decimals(row)
     text = f"{plain(row['a'])} and {plain(row['b'])}<br>{fixed(row['value'], digits)} {row['unit']}{_ends(row, digits)}"
-    text += _shuffled(row, digits)
+    text += _beside_floor(row, digits)
     if row["q_value"] == row["q_value"]:
         text += f"<br>{'told apart' if row['apart'] else 'NOT told apart'}, q = {row['q_value']:.2g}"
     return text
@@ -226,7 +226,7 @@ def _ends(row: pd.Series, digits: int) -> str:
     return "" if row["low"] != row["low"] else f" [{fixed(row['low'], digits)}, {fixed(row['high'], digits)}]"
 
 
-def _shuffled(row: pd.Series, digits: int) -> str:
+def _beside_floor(row: pd.Series, digits: int) -> str:
     """The uncorrected value beside the floor, which is uncorrected too."""
     if row["floor_95"] != row["floor_95"]:
         return ""
@@ -297,7 +297,7 @@ def _layer(row: pd.Series) -> str:
     """What the hover of a layer says."""
     digits = row_decimals(row)
     value = f"{fixed(row['value'], digits)} {row['unit']}{_ends(row, digits)}"
-    return f"layer {row['layer']}: {value}{_shuffled(row, digits)}"
+    return f"layer {row['layer']}: {value}{_beside_floor(row, digits)}"
 
 
 def decomposition_bars(table: pd.DataFrame, names: Sequence[str]) -> go.Figure:

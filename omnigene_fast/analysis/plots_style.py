@@ -57,7 +57,7 @@ def decimals(width: float) -> int:
 
 
 def row_decimals(row: pd.Series) -> int:
-    """Decimals of a divergence, its interval and floor: what half the interval, or the spread of shuffles, resolves."""
+    """Decimals of a divergence, its interval and floor: what half the interval, or the spread of the null, resolves."""
     half = (row["high"] - row["low"]) / 2
     return decimals(half if half == half else row.get("floor_95", math.nan) - row.get("floor", math.nan))
 
@@ -68,8 +68,8 @@ def told_apart(table: pd.DataFrame) -> pd.Series:
 
 
 def corrected_floor(table: pd.DataFrame) -> pd.Series:
-    """What a corrected value stays below in 95 % of the cases if labels mean nothing; the correction takes off the mean
-    of the shuffled values, which the shuffled values themselves still have."""
+    """What a corrected value stays below in 95 % of the cases if groups are routed alike; the correction takes off the
+    mean of the null, which the values of the null still have."""
     return table["floor_95"] - table["floor"]
 
 

@@ -30,8 +30,8 @@ def report(
         runs: an opened trace, or a sequence of them in the order in which they were trained.
         out: the HTML file; what is there is replaced. Its data go to the directory `<stem>_data` beside it.
         by: label that makes the groups.
-        permutations: of labels, for the noise floors and p-values; 0: none.
-        seed: of the permutations.
+        permutations: worlds without a difference, for the noise floors and p-values; 0: none.
+        seed: of these worlds.
         progress: show a bar.
         texts: from a token id to its text, a function or a mapping, such as `lambda i: tokenizer.decode([i])`. None: as
             the run's meta["tokenizer"] says ("bytes": ids 3..258 are bytes), else ids are shown.

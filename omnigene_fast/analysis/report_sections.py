@@ -107,8 +107,8 @@ def matrix(t: Tables) -> Section:
         f"Each cell compares two {t.noun}s: 0 means that their tokens go to the same experts equally often, ln 2 ="
         " 0.693 nats that they share no expert. The number is the mean over the layers of the Jensen-Shannon"
         f" divergence, corrected for the finite number of documents. {t.noun.capitalize()}s with similar routing"
-        f" stand side by side. A grey cell could be noise: shuffling the labels of the documents does not tell the two"
-        f" apart (q ≥ {SIGNIFICANT}, corrected for the number of pairs).",
+        f" stand side by side. A grey cell could be noise: documents as long and as unlike each other as these differ"
+        f" as much where both are routed alike (q ≥ {SIGNIFICANT}, corrected for the number of pairs).",
         f"In {bold(t.last)}, {extremes(pairs)} {counted(t, pairs)}",
     ]
     order = plots.tree_order(t.of(t.pairs))
@@ -397,10 +397,8 @@ def _corrected(load: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def method(t: Tables, permutations: int, seed: int) -> Section:
-    shuffled = (
-        f"Here: {permutations:,} shuffles, seed {seed}." if permutations else "Here no labels were shuffled: no floor."
-    )
-    lines = [line.replace("SHUFFLES", shuffled) for line in METHOD]
+    worlds = f"Here: {permutations:,} worlds, seed {seed}." if permutations else "Here no worlds were made: no floor."
+    lines = [line.replace("WORLDS", worlds) for line in METHOD]
     return Section(
         "method", "How these numbers are made", [], extra=items(lines) + "<h3>References</h3>" + items(REFERENCES)
     )

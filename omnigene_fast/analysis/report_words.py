@@ -102,11 +102,10 @@ def tested(t: Tables, run: str) -> pd.DataFrame:
 
 
 def smallest_p(pairs: pd.DataFrame, permutations: int) -> list[float]:
-    """The least p-value of each pair: one of the shuffles made, and one of those that exist, two in equal groups."""
+    """The least p-value of each pair: one of the worlds made, and two (its mirror too) of those that exist."""
     out = []
     for a, b in zip(pairs["docs_a"].astype(int), pairs["docs_b"].astype(int), strict=True):
-        existing = math.lgamma(a + b + 1) - math.lgamma(a + 1) - math.lgamma(b + 1)  # its logarithm
-        out.append(max(1 / (1 + permutations), min(1.0, (1 + (a == b)) * math.exp(-existing))))
+        out.append(max(1 / (1 + permutations), 2.0 ** (1 - a - b)))
     return out
 
 
@@ -128,7 +127,11 @@ def counted(t: Tables, pairs: pd.DataFrame) -> str:
     if not t.permutations:
         return "No noise floor was computed (permutations=0), so that no difference was tested."
     if pairs["q_value"].isna().all():
-        few = f"{t.permutations:,} permutations are" if _few(t, pairs) else "The documents are"
+        few = (
+            f"{t.permutations:,} worlds without a difference (permutations=) are"
+            if _few(t, pairs)
+            else "The documents are"
+        )
         return f"{few} too few to tell any pair of {t.noun}s apart (no q could be below {SIGNIFICANT})."
     count = int(told_apart(pairs).sum())
     if len(pairs) == 1:
@@ -151,7 +154,7 @@ def floors(table: pd.DataFrame, corrected: bool) -> str:
     digits = decimals(spread.min())
     ends = f"{fixed(values.min(), digits)} to {fixed(values.max(), digits)}"
     what = "corrected values" if corrected else "uncorrected values (column js)"
-    return f"{ends} for {what}: exceeded by 5 % of the shuffles of the labels"
+    return f"{ends} for {what}: exceeded by 5 % of worlds without a difference"
 
 
 def how_many(t: Tables) -> str:

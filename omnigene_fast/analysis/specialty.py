@@ -1,6 +1,5 @@
 """Which experts a group of documents prefers."""
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -30,9 +29,11 @@ def specialty(run: RunLike, by: str = "task", *, pseudo_count: float = 0.5) -> "
         a row per group, layer and expert: group, layer (decoder index), expert, picks, docs (documents of the group
         with a pick), share (of the group's picks), mean_share (over groups), specialty, corrected, low, high (jackknife
         over documents of all groups, 95 %; NaN if fewer than two documents of the group picked the expert), p_value
-        (two-sided: the group's picks against a random choice of as many documents from all groups; its first three
-        moments are exact, its tail is Pearson's type III, Mielke and Berry 2007; at least 2 / the number of such
-        choices), q_value (Benjamini-Hochberg over the layers and experts of a group), ceiling (ln groups), unit.
+        (two-sided: the group's share against the mean share of the others, by Welch's t over documents; NaN where a
+        group has one document, or no group the expert), q_value (Benjamini-Hochberg over the layers and experts of a
+        group), ceiling (ln groups), unit. In simulated worlds of equal routing (3 to 100 documents a group, unequal
+        lengths and dispersions) a group had a q_value below 0.05 in at most 1 % of worlds, a p_value of at most 0.05 in
+        at most 4 % of cells (`python -m omnigene_fast.bench.simulations --only level`).
 
     Raises:
         ValueError: no such label, fewer than two groups, or a pseudo-count that is not above 0.
@@ -147,28 +148,38 @@ def _without(groups: Groups, g: int, pseudo_count: float) -> Iterator[NDArray[np
 
 
 def _p_values(groups: Groups) -> NDArray[np.float64]:
-    """[G, L, E] two-sided p of a group's picks under a random choice of its documents from those of all groups."""
+    """[G, L, E] two-sided p of the difference between a group's share and the mean share of the others, by Welch's t.
+
+    Variances are those of shares under the jackknife of ratios (residuals over 1 - h_d, h_d the document's part of its
+    group's picks), at least half of what the group's dispersion over all experts predicts for the pooled share: over
+    few documents some of many cells vary little by chance, and those would be found. Degrees of freedom count documents
+    by the squares of their parts, as a long one makes most of a variance.
+    """
     from scipy import stats
 
-    rows = np.concatenate(groups.rows)
-    N = len(rows)
-    picks = groups.counts[rows].sum(-1, dtype=np.int64)  # [D, L]
-    rate = groups.sums.sum(0) / picks.sum(0)[:, None]
-    second, third = np.zeros_like(rate), np.zeros_like(rate)
-    for row, total in zip(rows, picks, strict=True):
-        excess = groups.counts[row] - rate * total[:, None]  # over documents their mean is 0
-        second += excess**2 / N
-        third += excess**3 / N
-    out = np.ones_like(groups.sums)
-    for g, size in enumerate(groups.docs):
-        observed = groups.sums[g] - rate * groups.sums[g].sum(-1, keepdims=True)
-        variance = size * (N - size) / (N - 1) * second
-        skew = size * (N - size) * (N - 2 * size) / ((N - 1) * max(N - 2, 1)) * third
-        some = variance > 1e-9 * np.maximum(rate, 1e-300)
-        deviation = np.sqrt(variance[some])
-        z, shape = observed[some] / deviation, skew[some] / deviation**3
-        p = 2 * np.minimum(stats.pearson3.sf(z, shape), stats.pearson3.cdf(z, shape))
-        # the tail is continuous, but no p of so many choices of documents is smaller
-        smallest = max(2 / math.comb(N, size), np.finfo(np.float64).tiny)
-        out[g][some] = np.clip(p, min(smallest, 1), 1)
+    total = groups.sums.sum(0)
+    pooled, share, G = total / total.sum(-1, keepdims=True), groups.probabilities, len(groups.names)
+    variance, freedom = np.empty_like(share), np.empty(share.shape[:2])
+    for g, rows in enumerate(groups.rows):
+        picks = groups.sums[g].sum(-1)
+        own, squares, fourths = np.zeros_like(pooled), np.zeros(len(picks)), np.zeros(len(picks))
+        for row in rows:
+            mine = groups.counts[row].sum(-1, dtype=np.int64)
+            part = mine / picks
+            with np.errstate(invalid="ignore", divide="ignore"):  # a document that is its group
+                own += ((groups.counts[row] - share[g] * mine[:, None]) / (picks * (1 - part))[:, None]) ** 2
+            squares, fourths = squares + part**2, fourths + part**4
+        dispersion = own.sum(-1) / ((share[g] * (1 - share[g])).sum(-1) / picks)
+        least = np.maximum(dispersion, 1) / picks / 2
+        variance[g] = np.maximum(own, least[:, None] * pooled)
+        freedom[g] = np.maximum(squares**2 / fourths - 1, 1)
+    variance = np.where((total > 0) & np.isfinite(variance), variance, np.nan)
+    out = np.empty_like(share)
+    for g in range(G):
+        others = [h for h in range(G) if h != g]
+        parts = np.concatenate([variance[g][None], variance[others] / (G - 1) ** 2])
+        whole = parts.sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            degrees = whole**2 / (parts**2 / freedom[[g, *others]][..., None]).sum(0)
+            out[g] = 2 * stats.t.sf(np.abs(share[g] - share[others].mean(0)) / np.sqrt(whole), degrees)
     return out

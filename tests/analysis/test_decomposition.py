@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from omnigene_fast import analysis
-from omnigene_fast.analysis.permutation import pair_values
+from omnigene_fast.analysis.null import pair_values
 
 from .synthetic import Memory, documents, skewed
 

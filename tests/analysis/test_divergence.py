@@ -1,6 +1,7 @@
 """Divergences against scipy and the paper's own code, their tables, and what must not pass."""
 
 import importlib
+import itertools
 import math
 import time
 
@@ -11,6 +12,8 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import false_discovery_control
 
 from omnigene_fast import analysis
+from omnigene_fast.analysis.groups import group
+from omnigene_fast.analysis.null import null_mean
 
 from .synthetic import Memory, dispersed, documents, skewed
 
@@ -148,13 +151,11 @@ def test_summary_and_differentiation_are_means_of_values(run):
     assert whole.loc[5, "generalized_js"] == pytest.approx(analysis.generalized_js(sums))
 
 
-def test_both_tables_come_of_one_set_of_permutations(run, monkeypatch):
+def test_both_tables_come_of_one_set_of_worlds(run, monkeypatch):
     expected = [measure(run, permutations=30, seed=4) for measure in (analysis.divergence, analysis.divergence_summary)]
     module, drawn, deleted = importlib.import_module("omnigene_fast.analysis.divergence"), [], []
-    null, left = module.null_pair, module.deleted_pairs
-    monkeypatch.setattr(
-        module, "null_pair", lambda groups, a, b, *more: drawn.append((a, b)) or null(groups, a, b, *more)
-    )
+    null, left = module.null_mean, module.deleted_pairs
+    monkeypatch.setattr(module, "null_mean", lambda groups, *more: drawn.append(more[0]) or null(groups, *more))
     monkeypatch.setattr(module, "deleted_pairs", lambda groups: deleted.append(1) or left(groups))
     for one, other in zip(expected, analysis.divergence_tables(run, permutations=30, seed=4), strict=True):
         pd.testing.assert_frame_equal(one, other)
@@ -211,18 +212,57 @@ def test_what_divergence_refuses(run):
         analysis.divergence(Memory(empty, run.documents, run.top_k, layers=run.layers))
 
 
-def test_sums_beyond_float32_are_exact():
-    """Counts of 2^25 + 1 must not be rounded in the sums under permutation."""
-    counts = np.zeros((4, 1, 2), np.int32)
-    counts[:, 0] = [[1 << 25, 1], [1 << 25, 3], [(1 << 25) + 1, 5], [1 << 25, 900]]
-    run = Memory(counts, documents(["a", "a", "b", "b"], counts.sum((1, 2))), 1)
-    null = analysis.divergence(run, permutations=300)
-    values = [
-        analysis.js_divergence(counts[list(one), 0].sum(0), counts[[d for d in range(4) if d not in one], 0].sum(0))
-        for one in ((0, 1), (0, 2), (0, 3))
-    ]
-    assert min(values) * 0.999 < null["floor"][0] < max(values) * 1.001
-    assert null["floor_95"][0] == pytest.approx(max(values), rel=1e-9)
+@pytest.mark.parametrize("scale", [1, 1 << 22])
+def test_the_null_against_one_written_out(scale):
+    """Every document departs from the pooled shares as it did, to either side; also beyond float32's integers."""
+    counts = np.array([[[40, 8, 2]], [[18, 5, 7]], [[30, 20, 10]], [[9, 1, 0]], [[50, 3, 7]]]) * scale
+    run = Memory(counts, documents(list("aabbb"), counts.sum((1, 2))), 1)
+    groups = group(run, "task", minimum=2)
+    null = null_mean(groups, (0, 1), 4000, [3])[:, 0]
+    total, pooled = counts.sum(), counts.sum(0)[0] / counts.sum()
+    values = []
+    for sides in itertools.product((-1, 1), repeat=5):
+        shares = []
+        for rows in ((0, 1), (2, 3, 4)):
+            share = pooled.copy()
+            for d in rows:
+                n = counts[d].sum()
+                departure = (counts[d, 0] - n * pooled) / (1 - n / total) ** 0.25
+                share += sides[d] * departure / counts[list(rows)].sum()
+            shares.append(np.maximum(share, 0))
+        values.append(analysis.js_divergence(*shares))
+    assert null.mean() == pytest.approx(np.mean(values), rel=0.05)
+    seen = np.unique(null.round(12))
+    assert all(np.abs(seen - value).min() < 1e-9 for value in values)
+    assert all(np.abs(np.array(values) - value).min() < 1e-9 for value in seen)
+
+
+def test_documents_of_other_lengths_and_dispersions_are_no_difference():
+    """Groups of one expected routing: 8 worlds of 60 may be called different at 0.05, and a permutation of labels would
+    call most of them so."""
+    rng = np.random.default_rng(8)
+    shares = np.repeat(skewed(rng, 1, 2, 32), 2, 0)
+    different = permuted = 0
+    for seed in range(60):
+        parts = [
+            dispersed(np.random.default_rng([seed, g]), shares[:1], docs, tokens, 4, 2000)
+            for g, (docs, tokens) in enumerate(((5, 20), (60, 900)))
+        ]
+        counts = np.concatenate([part.counts for part in parts])
+        run = Memory(counts, documents(["a"] * 5 + ["b"] * 60, counts.sum((1, 2)) // 8), 4)
+        summary = analysis.divergence_summary(run, permutations=99, seed=seed).iloc[0]
+        different += summary["p_value"] <= 0.05
+        draw = np.random.default_rng(seed)
+        drawn = [_mean_js(counts, draw.permutation(65)[:5]) for _ in range(99)]
+        permuted += (1 + np.sum(np.array(drawn) >= summary["js"] - 1e-12)) / 100 <= 0.05
+    print(f"called different: {different} of 60, by permutations {permuted}")
+    assert different <= 8
+    assert permuted > 30
+
+
+def _mean_js(counts, chosen):
+    first = counts[chosen].sum(0)
+    return np.mean([analysis.js_divergence(p, q) for p, q in zip(first, counts.sum(0) - first, strict=True)])
 
 
 def test_full_size_takes_seconds():

@@ -106,24 +106,25 @@ def test_specialty_finds_what_was_planted_and_nothing_else():
         q_values.append(planted["q_value"])
         inside += planted["low"] < truth < planted["high"]
         discoveries = mine[mine["q_value"] < 0.05]
-        false.append((discoveries["layer"] == 1).mean())
+        false.append((discoveries["layer"] == 1).sum() / max(len(discoveries), 1))
     print(f"families with a discovery {found} of 150, planted covered {inside} of 50, false {np.mean(false):.3f}")
     assert found <= 15  # 7.5 expected, three standard deviations
-    assert max(q_values) < 0.05
-    assert np.median(q_values) < 1e-4
+    assert np.mean(np.array(q_values) < 0.05) >= 0.95
+    assert np.median(q_values) < 1e-3
     assert inside >= 43
     assert np.mean(false) <= 0.09
 
 
-@pytest.mark.parametrize(("docs", "smallest"), [(2, 1 / 3), (3, 1 / 10)])
-def test_specialty_claims_no_more_than_few_documents_can(docs, smallest):
-    """Of 2 and 2 documents there are 6 choices: a two-sided p below 2 / 6 does not exist, whatever the picks."""
-    rng = np.random.default_rng(5)
-    shares = skewed(rng, 2, 1, 64)
-    p = analysis.specialty(dispersed(rng, shares, docs=docs, tokens=100, top_k=4, concentration=1000))["p_value"]
-    assert p.min() == pytest.approx(smallest)
-    many = analysis.specialty(dispersed(rng, shares, docs=300, tokens=100, top_k=4, concentration=1000))["p_value"]
-    assert 0 < many.min() < 1e-50
+def test_specialty_p_values_of_groups_of_two_and_of_one_document():
+    """Two documents hardly vary by chance in some of 64 cells; one says nothing of how documents differ."""
+    worlds, false = 60, 0
+    for seed in range(worlds):
+        rng = np.random.default_rng([5, seed])
+        run = dispersed(rng, np.repeat(skewed(rng, 1, 1, 64), 2, 0), docs=2, tokens=100, top_k=4, concentration=100)
+        false += (analysis.specialty(run)["q_value"] < 0.05).any()
+    assert false <= 6  # 3 expected at most
+    run.documents.loc[0, "task"] = None
+    assert analysis.specialty(run)["p_value"].isna().all()
 
 
 def test_specialty_intervals_cover():
