@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .divergence import differentiation_values
-from .groups import Groups, RunLike, check_permutations, check_unit, group, label_column
+from .groups import MOST_GROUPS, Groups, RunLike, check_permutations, check_unit, group, label_column
 from .null import null_swap
 from .resampling import Jackknife, p_value, quantile
 
@@ -187,7 +187,7 @@ def _paired(runs: tuple[RunLike, RunLike, RunLike], by: str) -> list[Groups]:
                     f"runs: expected the same text of each document in {first.name!r} and {run.name!r};"
                     " text_hash differs."
                 )
-        found.append(group(run, by, minimum=2))
+        found.append(group(run, by, minimum=2, most=MOST_GROUPS))
     if any(not np.array_equal(x, y) for one in found[1:] for x, y in zip(one.rows, found[0].rows, strict=True)):
         raise ValueError("runs: expected tokens of the same documents in all three.")
     return found

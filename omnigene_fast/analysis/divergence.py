@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .entropy import shannon
-from .groups import Groups, RunLike, check_permutations, check_unit, group
+from .groups import MOST_GROUPS, Groups, RunLike, check_permutations, check_unit, group
 from .null import deleted_pairs, null_mean, pair_values
 from .resampling import Jackknife, benjamini_hochberg, p_value
 
@@ -85,7 +85,7 @@ def divergence(
         few documents the test is cautious (`python -m omnigene_fast.bench.simulations --only level`).
 
     Raises:
-        ValueError: no such label, fewer than two groups, an unknown base.
+        ValueError: no such label, fewer than 2 groups or more than 50, an unknown base.
     """
     return divergence_tables(run, by, permutations=permutations, seed=seed, base=base)[0]
 
@@ -109,7 +109,7 @@ def divergence_tables(
 
     unit = check_unit(base)
     check_permutations(permutations)
-    groups = group(run, by, minimum=2)
+    groups = group(run, by, minimum=2, most=MOST_GROUPS)
     layers, means = [], []
     for a, b, value, deleted, null in _pairs(groups, permutations, seed):
         layers.append({"layer": groups.layers, **_columns(groups, a, b, unit, value, deleted, null)})
@@ -139,7 +139,7 @@ def differentiation(
 
     unit = check_unit(base)
     check_permutations(permutations)
-    groups = group(run, by, minimum=2)
+    groups = group(run, by, minimum=2, most=MOST_GROUPS)
     estimate = differentiation_estimate(groups)
     general = _generalized(groups)
     everything = range(len(groups.names))

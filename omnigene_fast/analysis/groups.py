@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas
 
 UNITS = {"nats": 1.0, "bits": float(1 / np.log(2))}  # a value in nats times this
+MOST_GROUPS = 50  # of measures of pairs: 1,225 pairs, a minute or so for 30 layers
 _CHUNK = 1 << 20  # float64 elements that one step over documents or permutations holds: those that fit a cache
 
 
@@ -75,16 +76,17 @@ class Groups:
             yield self.sums[group] - self.counts[rows[start : start + size]]
 
 
-def group(run: RunLike, by: str | None, minimum: int = 1) -> Groups:
+def group(run: RunLike, by: str | None, minimum: int = 1, most: int | None = None) -> Groups:
     """The groups of a run.
 
     Args:
         run: an opened trace.
         by: name of a label, or None for one group "all" of every document.
         minimum: how many groups the measure needs.
+        most: how many it can take, `MOST_GROUPS` where it compares every two.
 
     Raises:
-        ValueError: no such label, too few groups, or a group without a pick in some layer.
+        ValueError: no such label, too few or too many groups, or a group without a pick in some layer.
     """
     counts, documents = run.counts, run.documents
     filled = counts.any(axis=(1, 2))
@@ -95,6 +97,11 @@ def group(run: RunLike, by: str | None, minimum: int = 1) -> Groups:
         raise ValueError(
             f"by: expected a label with at least {minimum} values among documents with tokens,"
             f" got {names!r} for {by!r}."
+        )
+    if most is not None and len(names) > most:
+        raise ValueError(
+            f"by: expected a label with at most {most} values, of which every two are compared, got {len(names)} of"
+            f" {by!r} in run {run.name!r}; choose a coarser label."
         )
     where: dict[str, list[int]] = {name: [] for name in names}
     for row in np.flatnonzero(present):

@@ -12,7 +12,7 @@ from .coactivation import flow
 from .decomposition import decompose
 from .divergence import differentiation, divergence_tables
 from .entropy import shannon
-from .groups import group, label_column
+from .groups import MOST_GROUPS, group, label_column
 from .load import load
 from .resampling import Jackknife
 from .specialty import specialty
@@ -64,7 +64,7 @@ def check(runs: Sequence[Any], by: str) -> list[str]:
     found: list[str] = []
     for run in runs:
         label_column(run, by)
-        groups = group(run, by, minimum=1).names
+        groups = group(run, by, most=MOST_GROUPS).names
         if found and groups != found:
             odd = sorted(set(groups) ^ set(found))
             raise ValueError(

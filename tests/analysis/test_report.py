@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from omnigene_fast import analysis
 from omnigene_fast.analysis import plots, report_page, report_sections, report_words
 from omnigene_fast.analysis.coactivation import flow
 from omnigene_fast.analysis.decomposition import decompose
@@ -543,3 +544,15 @@ def test_a_note_on_a_run_is_shown(tmp_path):
     assert "<td>note</td>" not in report(run, tmp_path / "without.html", **SETTINGS).read_text()
     run.meta["note"] = "random <weights>"
     assert "random &lt;weights&gt;" in report(run, tmp_path / "with.html", **SETTINGS).read_text()
+
+
+def test_a_label_with_too_many_values_is_refused_at_once(tmp_path):
+    run = audited(groups=[f"family {number}" for number in range(51)], documents=1, tokens=4, layers=2)
+    for measure in (analysis.divergence, analysis.divergence_summary, analysis.differentiation):
+        with pytest.raises(ValueError, match=r"at most 50 values.*got 51 of 'task'.*coarser label"):
+            measure(run, permutations=0)
+    with pytest.raises(ValueError, match="at most 50 values"):
+        report(run, tmp_path / "r.html", **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+    run.documents.loc[run.documents["task"] == "family 50", "task"] = None
+    assert len(analysis.divergence_summary(run, permutations=0)) == 50 * 49 / 2
