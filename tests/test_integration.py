@@ -1,6 +1,7 @@
 """`accelerate`, `restore` and the experts implementation on tiny models, against stock transformers."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -774,3 +775,17 @@ def test_experts_with_a_gate_of_their_own_and_no_act_fn_are_refused_for_the_gate
     experts._apply_gate = lambda gate_up: gate_up
     with pytest.raises(ValueError, match="a gate of its own"):
         experts_module.activation_of(experts)
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_routers_forward_reads_as_a_method(copied):
+    """Tools for dissection read the source of a forward, its name, and whose it is."""
+    stock = moe_layers(helpers.gemma4())[0].router.forward
+    router = moe_layers(copied(omnigene_fast.accelerate(helpers.gemma4())))[0].router
+    assert router.forward.__self__ is router
+    assert router.forward.__name__ == stock.__name__ == "forward"
+    assert "ops.route(" in inspect.getsource(router.forward)
+    assert inspect.signature(router.forward) == inspect.signature(stock)
+    assert router_module.is_accelerated(router)

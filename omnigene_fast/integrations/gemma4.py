@@ -1,10 +1,8 @@
 """Gemma-4's router on this package's operators: a forward for `Gemma4TextRouter` instances.
 
-It is an instance attribute, so that the class, its hooks and transformers' output recording stay as they are, and a
-`functools.partial`, so that a deep copy or a pickle of the model is bound to its own router.
+It is an instance attribute, so that the class, its hooks and transformers' output recording stay as they are.
 """
 
-import functools
 import re
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextRouter
 
 from .. import ops
+from .bound import BoundMethod
 
 # Instance attribute of an accelerated router: None, or its ops.TraceBuffers while a traced call runs. It is always
 # there, because a compiled graph notices a value that changes, and not an attribute that appears.
@@ -89,7 +88,7 @@ def forward_slot(router: nn.Module) -> str:
 def install(router: nn.Module, slot: str, *, numerics: str, backend: str) -> None:
     """Put our forward into `slot` (from `forward_slot`)."""
     router.__dict__.setdefault(TRACE, None)
-    router.__dict__[slot] = functools.partial(_router_forward, router, numerics=numerics, backend=backend)
+    router.__dict__[slot] = BoundMethod(_router_forward, router, numerics=numerics, backend=backend)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -102,7 +101,7 @@ def uninstall(module: nn.Module) -> None:
 
 
 def _is_ours(forward: Any) -> bool:
-    return isinstance(forward, functools.partial) and forward.func is _router_forward
+    return isinstance(forward, BoundMethod) and forward.func is _router_forward
 
 
 def _router_forward(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from . import lowbit
+from .bound import BoundMethod
 from .experts import NAME, Factors, implementation, is_experts, scaled
 
 logger = logging.getLogger("omnigene_fast")
@@ -41,8 +42,8 @@ def install(wrapper: nn.Module) -> None:
     """Give `wrapper` our forward, unless another tool's is there."""
     slot = "_old_forward" if "_old_forward" in wrapper.__dict__ else "forward"  # behind the accelerate library's hook
     if slot == "_old_forward" or slot not in wrapper.__dict__ or _is_ours(wrapper.__dict__[slot]):
-        wrapper.__dict__[slot] = functools.partial(_wrapper_forward, wrapper)
-        wrapper.__dict__["merge"] = functools.partial(_wrapper_merge, wrapper)
+        wrapper.__dict__[slot] = BoundMethod(_wrapper_forward, wrapper)
+        wrapper.__dict__["merge"] = BoundMethod(_wrapper_merge, wrapper)
         if not hasattr(wrapper, "get_delta_factors"):
             _say_that_peft_is_old()
 
@@ -54,7 +55,7 @@ def uninstall(module: nn.Module) -> None:
     if _is_ours(module.__dict__.get("_old_forward")):
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
     merge = module.__dict__.get("merge")
-    if isinstance(merge, functools.partial) and merge.func is _wrapper_merge:
+    if isinstance(merge, BoundMethod) and merge.func is _wrapper_merge:
         del module.__dict__["merge"]
 
 
@@ -93,7 +94,7 @@ def _innermost(module: Any, wrapper_class: type) -> nn.Module:
 
 
 def _is_ours(forward: Any) -> bool:
-    return isinstance(forward, functools.partial) and forward.func is _wrapper_forward
+    return isinstance(forward, BoundMethod) and forward.func is _wrapper_forward
 
 
 def _wrapper_forward(wrapper: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,0 +1,34 @@
+"""Methods that are put on one instance."""
+
+import functools
+import inspect
+from typing import Any
+
+
+class BoundMethod(functools.partial):
+    """`BoundMethod(_router_forward, router)`: an instance attribute that tools can read as they read the bound method
+    `forward`, the last word of the function's name.
+
+    A real one would be bound to the stock class's forward after a pickle, which keeps of a method its name alone; a
+    partial is copied and pickled with its module.
+    """
+
+    @property
+    def __self__(self) -> Any:
+        return self.args[0]
+
+    @property
+    def __func__(self) -> Any:
+        return self.func
+
+    @property
+    def __wrapped__(self) -> Any:  # where `inspect.getsource` looks
+        return self.func
+
+    @property
+    def __name__(self) -> str:
+        return self.func.__name__.rpartition("_")[2]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(getattr(type(self.args[0]), self.__name__).__get__(self.args[0]))
