@@ -145,12 +145,8 @@ double probe_bandwidth(const void* buffer, size_t bytes, double seconds, int thr
 // and not in the per-instruction-set files, so that nothing compiled for AVX-512 is shared with the other sets.
 // Throws std::bad_alloc.
 void* scratch(int slot, size_t bytes);
-// Memory for large results, 2 MiB aligned, on huge pages where the system has them. What is given back is kept, up to a
-// bound, for the next result: mapping and clearing fresh pages takes longer than computing a weight gradient
-// (docs/performance.md). Any thread may call; take_block throws std::bad_alloc.
-void* take_block(size_t bytes);
-void give_block(void* memory, size_t bytes) noexcept;  // `bytes` as they were asked for
-void release_blocks();                                 // all that is kept
+// Asks for huge pages under memory that is about to be filled; no more than a hint.
+void advise_huge_pages(void* memory, size_t bytes);
 // Gives back what the calling thread holds above a bound, so that one long prefill does not keep its memory for ever.
 void trim_scratch();
 

@@ -144,25 +144,13 @@ void count_layers(uintptr_t ids, int id_bytes, uintptr_t slot, int64_t L, int64_
                           ".");
 }
 
-// Memory of a large gradient, which torch.frombuffer makes a tensor of; it goes back when the last such tensor dies.
-struct Buffer {
-  void* memory;
-  size_t bytes;
-  explicit Buffer(size_t size) : memory(take_block(size)), bytes(size) {}
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { give_block(memory, bytes); }
-};
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of omnigene_fast; use them through omnigene_fast.ops.";
   m.def("isa", [] { return std::string(kernels().name); });
   py::class_<ExpertArgs>(m, "ExpertArgs", py::module_local()).def(py::init(&expert_args));
-  py::class_<Buffer>(m, "Buffer", py::module_local(), py::buffer_protocol())
-      .def(py::init<size_t>())
-      .def_buffer([](Buffer& b) { return py::buffer_info(static_cast<uint8_t*>(b.memory), py::ssize_t(b.bytes)); });
-  m.def("release_blocks", &release_blocks);
+  m.def("advise_huge_pages", [](uintptr_t memory, size_t bytes) { advise_huge_pages(at<void>(memory), bytes); });
   m.def("expert_mlp", &expert_mlp);
   m.def("expert_mlp_grad", &expert_mlp_grad);
   m.def("topk_gate_grad", &topk_gate_grad);

@@ -6,7 +6,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -81,66 +80,15 @@ void trim_scratch() {
     }
 }
 
-namespace {
-
-constexpr size_t KEEP_BLOCKS = size_t(2) << 30;  // about the expert weights of one layer of Gemma-4-26B
-constexpr size_t HUGE_PAGE = size_t(2) << 20;
-
-struct Blocks {
-  std::mutex mutex;
-  std::vector<std::pair<void*, size_t>> kept;
-  size_t bytes = 0;
-};
-Blocks& blocks() {
-  static Blocks* const all = new Blocks;  // outlives whatever Python gives back when it ends
-  return *all;
-}
-size_t block_size(size_t bytes) { return (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE; }
-
-}  // namespace
-
-void* take_block(size_t bytes) {
-  const size_t size = block_size(bytes);
-  {
-    std::lock_guard<std::mutex> lock(blocks().mutex);
-    for (auto& block : blocks().kept)
-      if (block.second == size) {  // gradients come back in the sizes in which they went
-        void* memory = block.first;
-        block = blocks().kept.back();
-        blocks().kept.pop_back();
-        blocks().bytes -= size;
-        return memory;
-      }
-  }
-  void* memory = std::aligned_alloc(HUGE_PAGE, size);
-  if (!memory) throw std::bad_alloc();
+void advise_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
-  madvise(memory, size, MADV_HUGEPAGE);
+  constexpr uintptr_t HUGE_PAGE = uintptr_t(2) << 20;
+  const uintptr_t first = (uintptr_t(memory) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (uintptr_t(memory) + bytes) / HUGE_PAGE * HUGE_PAGE;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
 #endif
-  return memory;
-}
-
-void give_block(void* memory, size_t bytes) noexcept {
-  const size_t size = block_size(bytes);
-  {
-    std::lock_guard<std::mutex> lock(blocks().mutex);
-    if (blocks().bytes + size <= KEEP_BLOCKS) {
-      try {
-        blocks().kept.emplace_back(memory, size);
-        blocks().bytes += size;
-        return;
-      } catch (const std::bad_alloc&) {
-      }
-    }
-  }
-  std::free(memory);
-}
-
-void release_blocks() {
-  std::lock_guard<std::mutex> lock(blocks().mutex);
-  for (auto& block : blocks().kept) std::free(block.first);
-  blocks().kept.clear();
-  blocks().bytes = 0;
 }
 
 namespace {

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import threading
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -14,6 +15,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STORED = {torch.int8: 1, torch.float8_e4m3fn: 2}  # projections with scales; 0: in the dtype of `hidden`
 ACTIVATIONS = {"gelu_tanh": 0, "gelu": 1, "silu": 2}
 _LARGE = 32 << 20  # bytes from which fresh pages cost more than keeping old ones
+_MOST_KEPT = 2 << 30  # bytes, about the expert weights of one layer of Gemma-4-26B
+_kept: list[torch.UntypedStorage] = []  # of large gradients, those in use among them
+_keeping = threading.Lock()
 
 
 @functools.cache
@@ -214,15 +218,35 @@ def expert_mlp_bwd(
 
 def release_memory() -> None:
     """Give back to the system what is kept for the next gradients of expert weights, 2 GiB at most."""
-    _module().release_blocks()
+    with _keeping:
+        _kept.clear()
 
 
 def _new_gradient(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor; a large one in memory that an earlier one has left, if there is some."""
+    """An uninitialised tensor; a large one in memory that an earlier one has left, if there is some.
+
+    Mapping and clearing fresh pages takes longer than computing a weight gradient (docs/performance.md). The memory is
+    torch's own, so that whoever owns the gradient may resize its storage.
+    """
     size = shape.numel() * dtype.itemsize
     if size < _LARGE:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(_module().Buffer(size), dtype=dtype).view(shape)
+    with _keeping:
+        free = [each for each in _kept if torch._C._storage_Use_Count(each._cdata) == 1]
+        storage = next((each for each in free if each.nbytes() == size), None)
+        if storage is None:
+            storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
+            _module().advise_huge_pages(storage.data_ptr(), size)
+            for other in free:  # gradients come back in the sizes in which they went, and these did not
+                if _kept_bytes() + size > _MOST_KEPT:
+                    _kept[:] = [each for each in _kept if each is not other]
+            if _kept_bytes() + size <= _MOST_KEPT:
+                _kept.append(storage)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
+
+
+def _kept_bytes() -> int:
+    return sum(each.nbytes() for each in _kept)
 
 
 class _ExpertArguments:
