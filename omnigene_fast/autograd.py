@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from . import _library  # noqa: F401  (defines the operators that this module adds to)
 
 _LIB = torch.library.Library("omnigene_fast", "FRAGMENT")
 _OPS = torch.ops.omnigene_fast
+# A Function of one level of `torch.func`: the dispatcher calls these kernels level by level, as those of torch's own
+# operators, so that `grad` inside of `vmap` needs no rule of ours.
+_Function: Any = torch.autograd.function._SingleLevelFunction
 
 
-class _Route(torch.autograd.Function):
+class _Route(_Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -31,10 +35,9 @@ class _Route(torch.autograd.Function):
         backend: str,
         *trace: Tensor | None,
     ) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            probabilities, weights, index = _route_op(trace)(
-                hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, backend, *trace
-            )
+        probabilities, weights, index = _below_autograd(
+            _route_op(trace), hidden, proj_weight, scale, per_expert_scale, top_k, eps, numerics, backend, *trace
+        )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(index)
         ctx.save_for_backward(hidden, proj_weight, scale, per_expert_scale, probabilities, index)
@@ -42,7 +45,6 @@ class _Route(torch.autograd.Function):
         return probabilities, weights, index
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_probabilities: Tensor | None, grad_weights: Tensor | None, _: None) -> Any:
         needed = list(ctx.needs_input_grad[:4])
         if grad_probabilities is None and grad_weights is None:
@@ -51,13 +53,14 @@ class _Route(torch.autograd.Function):
         return *_none_where_not(needed, grads), *(None,) * ctx.rest
 
 
-class _TopkGate(torch.autograd.Function):
+class _TopkGate(_Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, per_expert_scale: Tensor, top_k: int, backend: str, *trace: Tensor | None
     ) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            probabilities, weights, index = _gate_op(trace)(logits, per_expert_scale, top_k, backend, *trace)
+        probabilities, weights, index = _below_autograd(
+            _gate_op(trace), logits, per_expert_scale, top_k, backend, *trace
+        )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(index)
         ctx.save_for_backward(probabilities, index, per_expert_scale)
@@ -65,7 +68,6 @@ class _TopkGate(torch.autograd.Function):
         return probabilities, weights, index
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_probabilities: Tensor | None, grad_weights: Tensor | None, _: None) -> Any:
         needed = list(ctx.needs_input_grad[:2])
         if grad_probabilities is None and grad_weights is None:
@@ -74,7 +76,7 @@ class _TopkGate(torch.autograd.Function):
         return *_none_where_not(needed, grads), *(None,) * ctx.rest
 
 
-class _ExpertMlp(torch.autograd.Function):
+class _ExpertMlp(_Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -96,8 +98,9 @@ class _ExpertMlp(torch.autograd.Function):
     ) -> Any:
         factors = gate_up_lhs, gate_up_rhs, down_lhs, down_rhs
         inputs = (hidden, gate_up_proj, down_proj, index, weights, *factors, gate_up_scale, down_scale)
-        with torch._C._AutoDispatchBelowAutograd():
-            out, preactivation = _OPS.expert_mlp_fwd(*inputs, activation, expert_parallel, save_preactivation, backend)
+        out, preactivation = _below_autograd(
+            _OPS.expert_mlp_fwd, *inputs, activation, expert_parallel, save_preactivation, backend
+        )
         ctx.mark_non_differentiable(preactivation)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, preactivation)
@@ -106,7 +109,6 @@ class _ExpertMlp(torch.autograd.Function):
         return out, preactivation
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, _: None) -> Any:
         if grad_out is None:
             return (None,) * 15
@@ -122,7 +124,24 @@ def _none_where_not(needed: list[bool], grads: tuple[Tensor, ...]) -> tuple[Tens
 
 
 def _wanted(*inputs: Any) -> bool:
+    if forward_ad._current_level >= 0:  # a Function without a forward rule says so if an input has a tangent
+        return True
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
+def _below_autograd(op: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        if torch._C._are_functorch_transforms_active():
+            with torch.enable_grad():  # which a Function's forward has switched off for the levels below as well
+                return op(*args)
+        return op(*args)
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    if torch._C._are_functorch_transforms_active():
+        with enable_single_level_autograd_function():
+            return function.apply(*args)
+    return function.apply(*args)
 
 
 def _route_op(trace: tuple[Tensor | None, ...]) -> Any:
@@ -135,25 +154,50 @@ def _gate_op(trace: tuple[Tensor | None, ...]) -> Any:
 
 def _route(*args: Any) -> Any:
     if _wanted(*args[:4]):
-        return _Route.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _route_op(args[8:])(*args)
+        return _apply(_Route, *args)
+    return _below_autograd(_route_op(args[8:]), *args)
 
 
 def _topk_gate(*args: Any) -> Any:
     if _wanted(*args[:2]):
-        return _TopkGate.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _gate_op(args[4:])(*args)
+        return _apply(_TopkGate, *args)
+    return _below_autograd(_gate_op(args[4:]), *args)
 
 
 def _expert_mlp(*args: Any) -> Any:
     if _wanted(*args[:9]):
-        return _ExpertMlp.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _OPS.expert_mlp_fwd(*args)
+        return _apply(_ExpertMlp, *args)
+    return _below_autograd(_OPS.expert_mlp_fwd, *args)
 
 
+class _Backward(_Function):
+    """A backward, of which there is no derivative: whoever asks for one is told, at every level of `torch.func`."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, *args: Any) -> Any:
+        return _below_autograd(op, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "omnigene_fast: second derivatives are not implemented; call omnigene_fast.restore(model) before you ask"
+            " for them."
+        )
+
+
+def _backward_of(name: str) -> Any:
+    op = getattr(_OPS, name)
+
+    def run(*args: Any) -> Any:
+        if _wanted(*args):
+            return _apply(_Backward, op, *args)
+        return _below_autograd(op, *args)
+
+    return run
+
+
+for _name in ("route_bwd", "topk_gate_bwd", "expert_mlp_bwd"):
+    _LIB.impl(_name, _backward_of(_name), "Autograd")
 _LIB.impl("route_fwd", _route, "Autograd")
 _LIB.impl("route_traced_fwd", _route, "Autograd")
 _LIB.impl("topk_gate_fwd", _topk_gate, "Autograd")

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextExperts, Gemma4TextRouter
 
 import omnigene_fast
@@ -789,3 +791,87 @@ def test_a_routers_forward_reads_as_a_method(copied):
     assert "ops.route(" in inspect.getsource(router.forward)
     assert inspect.signature(router.forward) == inspect.signature(stock)
     assert router_module.is_accelerated(router)
+
+
+@pytest.mark.parametrize("first", ["hook", "accelerate"])
+@pytest.mark.parametrize("before", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_hooks_on_an_experts_activation_are_called(before, first, lora):
+    """Neurons that a hook switches off are off; without the hook the kernels run again."""
+
+    def ablated(accelerated):
+        model = helpers.gemma4()
+        model.set_experts_implementation(before)
+        if lora:
+            torch.manual_seed(0)
+            config = peft.LoraConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"], r=2)
+            model = peft.get_peft_model(model, config)
+        if accelerated and first == "accelerate":
+            accelerate(model)
+        seen = []
+        off = lambda module, args, output: seen.append(1) or output.index_fill(-1, torch.arange(9), 0)  # noqa: E731
+        experts = [module for module in model.modules() if experts_module.is_experts(module)]
+        hooks = [each.act_fn.register_forward_hook(off) for each in experts]
+        if accelerated and first == "hook":
+            accelerate(model)
+        out = logits(model)
+        assert seen
+        for hook in hooks:
+            hook.remove()
+        return out, logits(model), len(seen)
+
+    expected, stock, _ = ablated(False)
+    found, plain, calls = ablated(True)
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(plain, stock) < 1e-5
+    assert relative_error(stock, expected) > 1e-3
+    assert calls >= len(moe_layers(helpers.gemma4()))
+
+
+def test_hooks_on_the_activation_of_8_bit_experts_are_refused():
+    model = accelerate(helpers.gemma4(), experts_dtype="int8")
+    hook = moe_layers(model)[0].experts.act_fn.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(
+        ValueError, match="its act_fn has hooks, and only the fused forward reads 8 bits; remove the hooks"
+    ):
+        logits(model)
+    hook.remove()
+    logits(model)
+
+
+class _Rounded(torch.Tensor):
+    """Weight-only quantisation as torchao's: looks like a floating tensor, and gives plain ones to aten alone."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return return_and_correct_aliasing(func, args, kwargs or {}, cls(args[0].weight))
+        if func.namespace != "aten":
+            raise NotImplementedError(f"no rule for {func}")
+        plain = lambda x: x.weight if isinstance(x, cls) else x  # noqa: E731
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_that_another_tool_quantised_are_refused(name, when):
+    model = helpers.gemma4()
+    expected = logits(model)
+    if when == "after":
+        accelerate(model)
+    experts = moe_layers(model)[0].experts
+    setattr(experts, name, nn.Parameter(_Rounded(getattr(experts, name).detach()), requires_grad=False))
+    with pytest.raises(ValueError, match=f"its {name} is a _Rounded, which another tool quantises or packs; call"):
+        accelerate(model)
+    if when == "after":
+        with pytest.raises(ValueError, match=f"its {name} is a _Rounded"):
+            logits(model)
+        omnigene_fast.restore(model)
+    assert relative_error(logits(model), expected) < 1e-5

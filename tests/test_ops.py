@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -786,8 +787,60 @@ def test_there_are_no_second_derivatives():
     hidden = torch.ones(T, H, requires_grad=True)
     out = expert_mlp(**MLP | {"hidden": hidden})
     (grad,) = torch.autograd.grad(out.square().sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         grad.sum().backward()
+    loss = lambda hidden: expert_mlp(**MLP | {"hidden": hidden}).square().sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum())(hidden.detach())
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(loss, (hidden.detach(),), (torch.ones(T, H),))
+
+
+def _function_of_all(backend):
+    """Router, gate and experts of one layer, as a function of everything that has a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    E, K, width = 6, 2, 8
+    arguments = (
+        draw(E, H), draw(H), draw(E), draw(E, 2 * width, H), draw(E, H, width),
+        draw(E, 2 * width, 2), draw(E, 2, H), draw(E, H, 2), draw(E, 2, width), draw(H, E),
+    )  # fmt: skip
+
+    def loss(hidden, proj, scale, expert_scale, gate_up, down, up_lhs, up_rhs, down_lhs, down_rhs, other):
+        probabilities, weights, index = ops.route(hidden, proj, scale, expert_scale, top_k=K, eps=1e-6, backend=backend)
+        _, more, _ = ops.topk_gate(hidden @ other, expert_scale, top_k=K, backend=backend)
+        out = expert_mlp(
+            hidden, gate_up, down, index, weights, activation="gelu_tanh", backend=backend,
+            gate_up_lora=(up_lhs, up_rhs), down_lora=(down_lhs, down_rhs),
+        )  # fmt: skip
+        return out.square().mean() + probabilities.square().sum() + more.square().sum()
+
+    return loss, (draw(3, T, H), *arguments)
+
+
+@pytest.mark.parametrize("backend", backend_params())
+def test_torch_func_gives_the_gradients_of_autograd(backend):
+    """grad, vjp, vmap and per-sample gradients, by torch's own rules for operators."""
+    loss, (samples, *weights) = _function_of_all(backend)
+    everything = tuple(range(1 + len(weights)))
+    expected = []
+    for hidden in samples:
+        leaves = [x.clone().requires_grad_() for x in (hidden, *weights)]
+        expected.append(torch.autograd.grad(loss(*leaves), leaves))
+    for grads in (
+        torch.func.grad(loss, everything)(samples[0], *weights),
+        torch.func.vjp(loss, samples[0], *weights)[1](torch.tensor(1.0)),
+    ):
+        for mine, theirs in zip(grads, expected[0], strict=True):
+            assert torch.equal(mine, theirs)
+    over_samples = (0, *(None for _ in weights))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch runs the samples one after the other, and says that this is slow
+        values = torch.func.vmap(loss, over_samples)(samples, *weights)
+        each = torch.func.vmap(torch.func.grad(loss, everything), over_samples)(samples, *weights)
+    assert torch.allclose(values, torch.stack([loss(hidden, *weights) for hidden in samples]), rtol=1e-6)
+    for mine, *theirs in zip(each, *expected, strict=True):
+        assert relative_error(mine, torch.stack(theirs)) < 1e-6
 
 
 def test_no_graph_is_kept_without_grad():

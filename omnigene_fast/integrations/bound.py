@@ -1,8 +1,10 @@
-"""Methods that are put on one instance."""
+"""Methods that are put on one instance, and whether other tools have put something there."""
 
 import functools
 import inspect
 from typing import Any
+
+from torch import nn
 
 
 class BoundMethod(functools.partial):
@@ -32,3 +34,14 @@ class BoundMethod(functools.partial):
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(getattr(type(self.args[0]), self.__name__).__get__(self.args[0]))
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling `module` does what its class's forward does, and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

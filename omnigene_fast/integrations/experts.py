@@ -1,17 +1,24 @@
 """The experts implementation "omnigene_fast" of transformers: what runs as the forward of an experts module."""
 
 import dataclasses
+import functools
 import inspect
+import logging
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import activations
 from transformers.integrations import moe
 
 from .. import ops
 from . import lowbit
+from .bound import is_unhooked
+
+logger = logging.getLogger("omnigene_fast")
 
 NAME = "omnigene_fast"
 STOCK = "grouped_mm"  # what transformers chooses when nothing is asked for
@@ -30,6 +37,7 @@ _ACTIVATIONS: dict[type, str] = {
     activations.SiLUActivation: "silu",
     nn.SiLU: "silu",
 }
+_PLAIN = (nn.Parameter, Tensor)
 _FUNCTIONS = {nn.functional.silu: "silu"}  # LFM2-MoE's experts hold the function
 
 
@@ -70,9 +78,11 @@ def experts_forward(
             offloaded.
     """
     activation = activation_of(self)
+    if is_watched(self):
+        return _stock_forward(self, hidden_states, top_k_index, top_k_weights)
     gate_up_proj, gate_up_lora = _projection(self, "gate_up_proj", lora)
     down_proj, down_lora = _projection(self, "down_proj", lora)
-    check_weights(self, gate_up_proj)
+    check_weights(self, gate_up_proj, down_proj)
     record, dtype = self.__dict__.get(RECORD, UNTOUCHED), gate_up_proj.dtype
     gate_up_scale = down_scale = None
     if lowbit.bits(self) is not None:
@@ -100,6 +110,28 @@ def experts_forward(
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def is_watched(experts: Any) -> bool:
+    """Whether another tool has hooked the experts' activation, of which the fused forward has no call."""
+    act_fn = experts._modules.get("act_fn")
+    return act_fn is not None and not is_unhooked(act_fn)
+
+
+def _stock_forward(experts: Any, *arguments: Tensor) -> Tensor:
+    """The experts implementation from before `accelerate`, which calls the activation as a module."""
+    if lowbit.bits(experts) is not None:
+        raise _refusal(experts, "its act_fn has hooks, and only the fused forward reads 8 bits", "remove the hooks")
+    name = experts.__dict__.get(RECORD, UNTOUCHED).implementation or STOCK
+    _say_that_hooks_are_slow(type(experts).__name__, name)
+    run = moe.ALL_EXPERTS_FUNCTIONS.get_interface(name, type(experts).forward.__wrapped__)
+    out: Tensor = run(experts, *arguments)
+    return out
+
+
+@functools.cache
+def _say_that_hooks_are_slow(kind: str, name: str) -> None:
+    logger.warning("%s with hooks on act_fn runs as %r of transformers, which calls them and is slower.", kind, name)
 
 
 def _projection(experts: Any, name: str, lora: Mapping[str, Sequence[Factors]] | None) -> tuple[Tensor, Factors | None]:
@@ -139,10 +171,21 @@ def implementation(module: Any) -> str | None:
     return name
 
 
-def check_weights(experts: nn.Module, gate_up_proj: Any) -> None:
-    """ValueError if the experts are stored in a dtype that these operators cannot compute in."""
-    if gate_up_proj.dtype not in ops.DTYPES and lowbit.bits(experts) is None:
-        raise _refusal(experts, f"its gate_up_proj is stored as {gate_up_proj.dtype}")
+def check_weights(experts: nn.Module, *weights: Any) -> None:
+    """ValueError if the experts are stored in what these operators cannot compute in: a dtype, or another tool's
+    tensors, which look like floating ones (torchao)."""
+    for name, weight in zip(lowbit.PROJECTIONS, weights, strict=False):
+        kind = type(weight)
+        if kind not in _PLAIN and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not _is_known(kind):
+            raise _refusal(experts, f"its {name} is a {kind.__name__}, which another tool quantises or packs")
+        if weight.dtype not in ops.DTYPES and lowbit.bits(experts) is None:
+            raise _refusal(experts, f"its {name} is stored as {weight.dtype}")
+
+
+def _is_known(kind: type) -> bool:
+    """Whether torch turns tensors of this class into plain ones before these operators see them."""
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return issubclass(kind, FakeTensor) or (sharded is not None and issubclass(kind, sharded))
 
 
 def activation_of(experts: Any) -> str:
@@ -174,8 +217,7 @@ def activation_of(experts: Any) -> str:
     raise _refusal(experts, f"its activation is {getattr(act_fn, '__name__', type(act_fn).__name__)}")
 
 
-def _refusal(experts: nn.Module, what: str) -> ValueError:
-    return ValueError(
-        f"model: omnigene_fast cannot run {type(experts).__name__} because {what};"
-        f' call model.set_experts_implementation("{STOCK}").'
-    )
+def _refusal(
+    experts: nn.Module, what: str, way_out: str = f'call model.set_experts_implementation("{STOCK}")'
+) -> ValueError:
+    return ValueError(f"model: omnigene_fast cannot run {type(experts).__name__} because {what}; {way_out}.")

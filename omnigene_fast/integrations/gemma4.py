@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextRouter
 
 from .. import ops
-from .bound import BoundMethod
+from .bound import BoundMethod, is_unhooked
 
 # Instance attribute of an accelerated router: None, or its ops.TraceBuffers while a traced call runs. It is always
 # there, because a compiled graph notices a value that changes, and not an attribute that appears.
@@ -143,19 +143,8 @@ def _is_autocast(device_type: str) -> bool:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and module.bias is None and _is_unhooked(module)
+    return type(module) is nn.Linear and module.bias is None and is_unhooked(module)
 
 
 def _is_plain_norm(module: nn.Module) -> bool:
-    return type(module) is Gemma4RMSNorm and not module.with_scale and _is_unhooked(module)
-
-
-def _is_unhooked(module: nn.Module) -> bool:
-    """Whether calling `module` does what its class's forward does, and nothing else."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return type(module) is Gemma4RMSNorm and not module.with_scale and is_unhooked(module)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import ops
 from . import lowbit
 from .bound import BoundMethod
-from .experts import NAME, Factors, implementation, is_experts, scaled
+from .experts import NAME, Factors, implementation, is_experts, is_watched, scaled
 
 logger = logging.getLogger("omnigene_fast")
 
@@ -140,7 +140,7 @@ def _say_that_merging_thaws() -> None:
 def _factors(wrapper: Any) -> list[Factors] | None:
     """The factors of the active adapters; None if they, or the experts, are not what `experts_forward` takes."""
     experts = wrapper.get_base_layer()
-    if implementation(experts) != NAME or not hasattr(wrapper, "get_delta_factors"):
+    if implementation(experts) != NAME or is_watched(experts) or not hasattr(wrapper, "get_delta_factors"):
         return None
     if wrapper.parameter_name not in ("gate_up_proj", "down_proj"):
         return None

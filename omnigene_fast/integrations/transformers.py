@@ -102,7 +102,7 @@ def accelerate(
         )
     for module in experts:
         activation_of(module)
-        check_weights(module, module.gate_up_proj)
+        check_weights(module, module.gate_up_proj, module.down_proj)
     routers = [module for module in model.modules() if gemma4.is_router(module)]
     slots = [gemma4.forward_slot(router) for router in routers]
     wrappers = [module for module in model.modules() if peft.is_wrapper(module)]
