@@ -49,6 +49,7 @@ def simulate(cell: Cell, worlds: int, first: int = 0) -> list[Figure]:
         values = np.array([row[name] for row in rows], float)
         values = values[~np.isnan(values)]
         mean = float(values.mean()) if len(values) else float("nan")
-        error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+        # At least that of one world in as many again: where all of them agree, the next may not.
+        error = max(float(values.std(ddof=1)) / len(values) ** 0.5, 1 / (2 * len(values))) if len(values) > 1 else 1.0
         out.append(Figure(cell.measure, cell.setting, name, mean, error, len(values), low, high))
     return out

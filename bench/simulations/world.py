@@ -74,33 +74,51 @@ class World:
         """[L, E] the true shares of the picks of a task."""
         return (task @ self.incidence).reshape(self.layers, self.experts) / self.top_k
 
-    def run(
+    def trained(self, seed: int, changed: float) -> "World":
+        """A later checkpoint: a share of the token types has experts that were drawn anew."""
+        other, rng = World(seed, len(self.base), self.layers, self.experts, self.top_k), np.random.default_rng(seed)
+        kept = rng.random(len(self.base)) >= changed
+        other.incidence[kept], other.base = self.incidence[kept], self.base
+        other.sets[:, kept] = self.sets[:, kept]
+        return other
+
+    def texts(
         self,
         rng: np.random.Generator,
         tasks: Sequence[NDArray[np.float64]],
         docs: Sequence[int],
         concentration: float | Sequence[float],
         lengths: Lengths | Sequence[Lengths],
-    ) -> Simulated:
+    ) -> tuple[NDArray[np.int64], pd.DataFrame]:
         """Documents of each task, labelled "t000", "t001", ...
 
         Args:
             concentration: of the Dirichlet distribution of a document's types around its task's: 20 is strong
                 over-dispersion, 500 little. One for all tasks, or one each.
             lengths: draws the tokens of n documents; one for all tasks, or one each.
+
+        Returns:
+            [D, V] tokens of each type, and the table of documents.
         """
-        counts, sizes, labels = [], [], []
+        tokens, labels = [], []
         for number, (task, n) in enumerate(zip(tasks, docs, strict=True)):
             drawn = (lengths if callable(lengths) else lengths[number])(rng, n)
             alpha = task * (concentration if isinstance(concentration, (int, float)) else concentration[number])
             own = rng.standard_gamma(np.maximum(np.broadcast_to(alpha, (n, len(alpha))), 1e-9))
-            tokens = rng.multinomial(drawn, own / own.sum(1, keepdims=True))
-            counts.append((tokens.astype(np.float32) @ self.incidence).astype(np.int64))
-            sizes.append(drawn)
+            tokens.append(rng.multinomial(drawn, own / own.sum(1, keepdims=True)))
             labels += [f"t{number:03d}"] * n
-        table = pd.DataFrame({"doc_id": np.arange(len(labels)), "n_tokens": np.concatenate(sizes), "text_hash": None})
-        table["task"] = pd.Series(labels, dtype=object)
-        return Simulated(np.concatenate(counts).reshape(-1, self.layers, self.experts), table, self.top_k)
+        every = np.concatenate(tokens)
+        table = pd.DataFrame({"doc_id": np.arange(len(labels)), "n_tokens": every.sum(1), "text_hash": None})
+        return every, table.assign(task=pd.Series(labels, dtype=object))
+
+    def routed(self, tokens: NDArray[np.int64], table: pd.DataFrame) -> Simulated:
+        """The run of the documents of `texts`."""
+        counts = (tokens.astype(np.float32) @ self.incidence).astype(np.int64)
+        return Simulated(counts.reshape(-1, self.layers, self.experts), table, self.top_k)
+
+    def run(self, rng: np.random.Generator, *texts: Any) -> Simulated:
+        """The run of documents that are drawn as by `texts`, whose arguments these are."""
+        return self.routed(*self.texts(rng, *texts))
 
 
 def about(median: float, spread: float = 0.3) -> Lengths:

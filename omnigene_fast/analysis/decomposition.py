@@ -1,5 +1,6 @@
 """Which stage of training set the experts apart: base -> continued pretraining (CPT) -> fine-tuning (SFT)."""
 
+import functools
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,7 @@ def decompose(
     for kind, convention in enumerate(CONVENTIONS):
         factor = scale if kind == 0 else scale**0.5
         values, deleted = zip(*(one[kind] for one in measured), strict=True)
-        stages = [_change(values, deleted, new, old) for new, old in ((1, 0), (2, 1), (2, 0))]
+        stages = [_change(groups[0], values, deleted, new, old) for new, old in ((1, 0), (2, 1), (2, 0))]
         share = _fieller(stages[0], stages[2], stages[1])
         for stage, name in enumerate(("d_cpt", "d_sft")):
             estimate = stages[stage]
@@ -131,10 +132,10 @@ def decompose(
     return table if per_layer else table[table["layer"] == "mean"].reset_index(drop=True)
 
 
-def _change(values: Any, deleted: Any, new: int, old: int) -> Jackknife:
+def _change(groups: Groups, values: Any, deleted: Any, new: int, old: int) -> Jackknife:
     estimate = Jackknife(values[new] - values[old])
-    for later, earlier in zip(deleted[new], deleted[old], strict=True):
-        estimate.stratum(later - earlier)
+    for g, (later, earlier) in enumerate(zip(deleted[new], deleted[old], strict=True)):
+        estimate.stratum(later - earlier, groups.sizes(g))
     return estimate
 
 
@@ -164,7 +165,7 @@ def _swapped(null: NDArray[np.float64] | None, kind: int, estimate: Jackknife) -
 
 def _paired(runs: tuple[RunLike, RunLike, RunLike], by: str) -> list[Groups]:
     """Groups of the three runs, whose documents stand in the same order."""
-    first, found = runs[0], []
+    first = runs[0]
     documents = first.documents
     for run in runs:
         table = run.documents
@@ -187,7 +188,9 @@ def _paired(runs: tuple[RunLike, RunLike, RunLike], by: str) -> list[Groups]:
                     f"runs: expected the same text of each document in {first.name!r} and {run.name!r};"
                     " text_hash differs."
                 )
-        found.append(group(run, by, minimum=2, most=MOST_GROUPS))
+    texts = [run.documents["text_hash"] for run in runs if "text_hash" in run.documents]
+    known = functools.reduce(lambda one, other: one.where(one.notna(), other), texts) if texts else None
+    found = [group(run, by, minimum=2, most=MOST_GROUPS, hashes=known) for run in runs]
     if any(not np.array_equal(x, y) for one in found[1:] for x, y in zip(one.rows, found[0].rows, strict=True)):
         raise ValueError("runs: expected tokens of the same documents in all three.")
     return found

@@ -157,8 +157,8 @@ def differentiation_estimate(groups: Groups) -> Jackknife:
     """Jackknife of [L + 1] the mean over pairs in each layer and, last, its mean over layers, in nats."""
     value, deleted = differentiation_values(groups)[0]
     estimate = Jackknife(value)
-    for part in deleted:
-        estimate.stratum(part)
+    for g, part in enumerate(deleted):
+        estimate.stratum(part, groups.sizes(g))
     return estimate
 
 
@@ -203,7 +203,7 @@ def _generalized(groups: Groups) -> Jackknife:
     middle, own = p.mean(0), shannon(p)
     estimate = Jackknife(with_mean(shannon(middle) - own.mean(0)))
     for g in range(len(p)):
-        estimate.stratum(_generalized_without(groups, g, p, middle, own))
+        estimate.stratum(_generalized_without(groups, g, p, middle, own), groups.sizes(g))
     return estimate
 
 
@@ -230,8 +230,8 @@ def _measured(estimate: Jackknife, null: NDArray[np.float64] | None, unit: float
 
 def _columns(groups: Groups, a: int, b: int, unit: float, value: Any, deleted: Any, null: Any) -> dict[str, Any]:
     estimate = Jackknife(value)
-    for part in deleted:
-        estimate.stratum(part)
+    for g, part in zip((a, b), deleted, strict=True):
+        estimate.stratum(part, groups.sizes(g))
     return {
         "a": groups.names[a],
         "b": groups.names[b],

@@ -1,5 +1,7 @@
 """Documents in groups: what every measure of counts begins with."""
 
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +13,8 @@ from ..tracing.records import Records
 
 if TYPE_CHECKING:
     import pandas
+
+logger = logging.getLogger("omnigene_fast")
 
 UNITS = {"nats": 1.0, "bits": float(1 / np.log(2))}  # a value in nats times this
 MOST_GROUPS = 50  # of measures of pairs: 1,225 pairs, a minute or so for 30 layers
@@ -40,11 +44,14 @@ class RunLike(Protocol):
 
 @dataclass
 class Groups:
-    """The documents of a run that carry a label, by its values. Documents without a token are left out."""
+    """The documents of a run that carry a label, by its values. Documents without a token are left out.
+
+    Documents of one group with the same text (`text_hash`) are one, with the counts of all: a copy is no new evidence.
+    """
 
     names: list[str]  # sorted
-    rows: list[NDArray[np.int64]]  # per group, rows of run.counts and run.documents
-    counts: NDArray[Any]  # [D, L, E] of the whole run
+    rows: list[NDArray[np.int64]]  # per group, rows of `counts`; without copies of a text, of run.documents too
+    counts: NDArray[Any]  # [D, L, E] of the run, each text's in the row of its first document
     sums: NDArray[np.float64]  # [G, L, E]
     layers: list[int]
     top_k: int
@@ -69,6 +76,10 @@ class Groups:
         """Positions (a, b), a < b, of every two groups."""
         return [(a, b) for a in range(len(self.names)) for b in range(a + 1, len(self.names))]
 
+    def sizes(self, group: int) -> NDArray[np.int64]:
+        """[n] picks of each document of a group, in all layers."""
+        return np.asarray(self.counts[self.rows[group]].sum((1, 2), dtype=np.int64))
+
     def without_one(self, group: int) -> Iterator[NDArray[np.float64]]:
         """Counts [n, L, E] of a group when each of its documents in turn is left out, in chunks of documents."""
         rows, size = self.rows[group], max(1, _CHUNK // self.sums[group].size)
@@ -76,7 +87,9 @@ class Groups:
             yield self.sums[group] - self.counts[rows[start : start + size]]
 
 
-def group(run: RunLike, by: str | None, minimum: int = 1, most: int | None = None) -> Groups:
+def group(
+    run: RunLike, by: str | None, minimum: int = 1, most: int | None = None, hashes: "pandas.Series | None" = None
+) -> Groups:
     """The groups of a run.
 
     Args:
@@ -84,6 +97,7 @@ def group(run: RunLike, by: str | None, minimum: int = 1, most: int | None = Non
         by: name of a label, or None for one group "all" of every document.
         minimum: how many groups the measure needs.
         most: how many it can take, `MOST_GROUPS` where it compares every two.
+        hashes: of the documents' texts, if other ones than the run's.
 
     Raises:
         ValueError: no such label, too few or too many groups, or a group without a pick in some layer.
@@ -107,6 +121,9 @@ def group(run: RunLike, by: str | None, minimum: int = 1, most: int | None = Non
     for row in np.flatnonzero(present):
         where[str(labels[row])].append(int(row))
     rows = [np.array(where[name], np.int64) for name in names]
+    hashes = documents.get("text_hash") if hashes is None else hashes
+    if hashes is not None:
+        rows, counts = _without_copies(rows, counts, hashes.to_numpy(object), str(run.name))
     sums = np.stack([counts[one].sum(0, dtype=np.int64).astype(np.float64) for one in rows])
     empty = np.argwhere(sums.sum(-1) == 0)
     if len(empty):
@@ -115,6 +132,39 @@ def group(run: RunLike, by: str | None, minimum: int = 1, most: int | None = Non
             f" {list(run.layers)[empty[0][1]]}."
         )
     return Groups(names, rows, counts, sums, [int(layer) for layer in run.layers], int(run.top_k))
+
+
+def _without_copies(
+    rows: list[NDArray[np.int64]], counts: NDArray[Any], hashes: NDArray[Any], name: str
+) -> tuple[list[NDArray[np.int64]], NDArray[Any]]:
+    """Rows of the first document of each text in each group, and counts in which these have those of its copies."""
+    out, copies = [], 0
+    for mine in rows:
+        first: dict[str, int] = {}
+        kept = []
+        for row in mine.tolist():
+            text = hashes[row]
+            if not isinstance(text, str) or first.setdefault(text, row) == row:
+                kept.append(row)
+                continue
+            if not copies:
+                counts = np.array(counts, np.int64)
+            counts[first[text]] += counts[row]
+            copies += 1
+        out.append(np.array(kept, np.int64))
+    if copies:
+        _say_that_copies_count_once(name, copies)
+    return out, counts
+
+
+@functools.cache
+def _say_that_copies_count_once(name: str, copies: int) -> None:
+    logger.warning(
+        "analysis: %d documents of run %r are copies of a text of their group (same text_hash) and count with it as one"
+        " document.",
+        copies,
+        name,
+    )
 
 
 def label_column(run: RunLike, by: str) -> list[str | None]:

@@ -12,7 +12,7 @@ from .resampling import Jackknife
 if TYPE_CHECKING:
     import pandas
 
-_JACKKNIFED = ("cv", "max_vio", "gini", "entropy", "effective_experts")
+MEASURES = ("cv", "max_vio", "gini", "entropy", "effective_experts")
 
 
 def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
@@ -42,7 +42,7 @@ def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
     frames = []
     for g, name in enumerate(groups.names):
         whole, experts = groups.sums[g], groups.sums.shape[-1]
-        estimate = Jackknife(_balance(whole)).stratum(_balance(left) for left in groups.without_one(g))  # [L, 5]
+        estimate = Jackknife(balance(whole)).stratum(map(balance, groups.without_one(g)), groups.sizes(g))  # [L, 5]
         tokens = whole.sum(-1) / groups.top_k
         dead = (whole == 0).sum(-1)
         columns: dict[str, Any] = {
@@ -67,7 +67,7 @@ def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
             ("_low", estimate.low),
             ("_high", estimate.high),
         ):
-            for measure, column in zip(_JACKKNIFED, np.minimum(values, most).T, strict=True):
+            for measure, column in zip(MEASURES, np.minimum(values, most).T, strict=True):
                 columns[measure + name] = column
         frames.append(pd.DataFrame(columns))
     table = pd.concat(frames, ignore_index=True)
@@ -75,8 +75,8 @@ def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
     return table[first + [name for name in table.columns if name not in first]]
 
 
-def _balance(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[..., L, E] counts to [..., L, 5] numbers in the order of `_JACKKNIFED`."""
+def balance(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[..., L, E] counts to [..., L, 5] numbers in the order of `MEASURES`."""
     E = counts.shape[-1]
     with np.errstate(invalid="ignore", divide="ignore"):
         share = counts / counts.sum(-1, keepdims=True)

@@ -58,7 +58,7 @@ def locality(run: RunLike, by: str | None = None, *, layers: Sequence[int] | Non
             if not rows.any():
                 continue
             value = ratio(seen[rows], pairs[rows])
-            excess = ratio(seen[rows] - expected[rows], pairs[rows])
+            excess = ratio(seen[rows] - expected[rows], pairs[rows], limits=(-1, 1))
             grid = np.indices((len(some), len(MEASURES))).reshape(2, -1)
             frames.append(
                 pd.DataFrame(

@@ -158,7 +158,7 @@ def _sizes(run: Any, by: str) -> pd.DataFrame:
         return np.asarray(np.exp(shannon(share)).mean(-1))
 
     estimates = [
-        Jackknife(effective(sums)).stratum(effective(left) for left in groups.without_one(g))
+        Jackknife(effective(sums)).stratum(map(effective, groups.without_one(g)), groups.sizes(g))
         for g, sums in enumerate(groups.sums)
     ]
     return pd.DataFrame(

@@ -20,20 +20,28 @@ class Jackknife:
     Corrected value, with n_g documents in stratum g and a bar for the mean over its documents: v - sum_g (n_g - 1)
     (bar(v_-i) - v); variance: sum_g (n_g - 1) / n_g sum_i (v_-i - bar(v_-i))^2 (Efron and Stein 1981; Arvesen 1969 for
     several samples). The interval is centred on the corrected value, with the quantile of Student's t at Welch's
-    degrees of freedom.
+    degrees of freedom, for which documents are counted as Kish (1965) does, (sum s)^2 / sum s^2 of their sizes s: where
+    one document holds half of the tokens, the others say little of how much it might vary.
     """
 
     value: NDArray[np.float64]  # [...] of all documents
+    limits: tuple[float, float] = (-np.inf, np.inf)  # of what is estimated; a share lies in [0, 1]
     bias: NDArray[np.float64] = field(init=False)
     variance: NDArray[np.float64] = field(init=False)
     _spread: NDArray[np.float64] = field(init=False)
+    _fewest: int = field(init=False, default=0)  # documents in a stratum
 
     def __post_init__(self) -> None:
         self.value = np.asarray(self.value, np.float64)
         self.bias, self.variance, self._spread = (np.zeros_like(self.value) for _ in range(3))
 
-    def stratum(self, deleted: NDArray[Any] | Iterable[NDArray[Any]]) -> "Jackknife":
-        """Add a sample: [n, ...] values with each of its n documents left out, or chunks of them."""
+    def stratum(self, deleted: NDArray[Any] | Iterable[NDArray[Any]], sizes: NDArray[Any] | None = None) -> "Jackknife":
+        """Add a sample.
+
+        Args:
+            deleted: [n, ...] values with each of its n documents left out, or chunks of them.
+            sizes: [n] weight of each document, such as its tokens; all the same if None.
+        """
         first, second, size = np.zeros_like(self.value), np.zeros_like(self.value), 0
         for chunk in [deleted] if isinstance(deleted, np.ndarray) else deleted:
             change = chunk - self.value
@@ -42,10 +50,14 @@ class Jackknife:
             self.variance = np.full_like(self.value, np.nan)
             self.bias = np.full_like(self.value, np.nan)
             return self
+        self._fewest = min(self._fewest or size, size)
         part = np.maximum(second - first**2 / size, 0) * (size - 1) / size
         self.bias = self.bias + first * (size - 1) / size
         self.variance = self.variance + part
-        self._spread = self._spread + part**2 / (size - 1)
+        effective = (
+            size if sizes is None else np.sum(sizes, dtype=np.float64) ** 2 / np.sum(np.square(sizes, dtype=np.float64))
+        )
+        self._spread = self._spread + part**2 / max(effective - 1, 1)
         return self
 
     @property
@@ -60,8 +72,13 @@ class Jackknife:
 
     @property
     def margin(self) -> NDArray[np.float64]:
-        """Half the width of the 95 % interval."""
-        return quantile(self.freedom) * self.error
+        """Half the width of the 95 % interval. Of a bounded number that is the same without each of n documents it is
+        1 - 0.05^(1/n) (the rule of three): what fewer than so many documents do may have been missed."""
+        margin = quantile(self.freedom) * self.error
+        width = self.limits[1] - self.limits[0]
+        if not np.isfinite(width) or not self._fewest:
+            return margin
+        return np.where(self.variance <= (1e-12 * width) ** 2, (1 - 0.05 ** (1 / self._fewest)) * width, margin)
 
     @property
     def freedom(self) -> NDArray[np.float64]:
@@ -72,26 +89,28 @@ class Jackknife:
     @property
     def low(self) -> NDArray[np.float64]:
         """Lower end of the 95 % interval."""
-        return self.corrected - self.margin
+        return np.maximum(self.corrected - self.margin, self.limits[0])
 
     @property
     def high(self) -> NDArray[np.float64]:
         """Upper end of the 95 % interval."""
-        return self.corrected + self.margin
+        return np.minimum(self.corrected + self.margin, self.limits[1])
 
 
-def ratio(numerator: NDArray[Any], denominator: NDArray[Any]) -> Jackknife:
+def ratio(numerator: NDArray[Any], denominator: NDArray[Any], limits: tuple[float, float] = (0.0, 1.0)) -> Jackknife:
     """Jackknife of sum(numerator) / sum(denominator) over documents.
 
     Args:
         numerator: [D, ...] per document.
         denominator: [D] or [D, ...].
+        limits: of the ratio.
     """
     below = denominator.reshape(denominator.shape + (1,) * (numerator.ndim - denominator.ndim))
     above_all, below_all = numerator.sum(0), below.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        estimate = Jackknife(above_all / below_all)
-        return estimate.stratum((above_all - numerator) / (below_all - below))
+        estimate = Jackknife(above_all / below_all, limits)
+        sizes = denominator if denominator.ndim == 1 else denominator.reshape(len(denominator), -1).sum(1)
+        return estimate.stratum((above_all - numerator) / (below_all - below), sizes)
 
 
 def quantile(freedom: ArrayLike) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .groups import Groups, RunLike, group
-from .resampling import Jackknife, benjamini_hochberg
+from .resampling import Jackknife, benjamini_hochberg, quantile
 
 if TYPE_CHECKING:
     import pandas
@@ -46,7 +46,8 @@ def specialty(run: RunLike, by: str = "task", *, pseudo_count: float = 0.5) -> "
     G, L, E = groups.sums.shape
     estimate = Jackknife(_scores(groups.sums + pseudo_count))
     for g in range(G):
-        estimate.stratum(_without(groups, g, pseudo_count))
+        estimate.stratum(_without(groups, g, pseudo_count), groups.sizes(g))
+    margin = _margins(groups, groups.sums + pseudo_count)
     using = np.stack([(groups.counts[rows] > 0).sum(0) for rows in groups.rows])
     p = _p_values(groups)
     q = np.stack([benjamini_hochberg(one) for one in p])
@@ -60,8 +61,8 @@ def specialty(run: RunLike, by: str = "task", *, pseudo_count: float = 0.5) -> "
         "mean_share": np.broadcast_to(share.mean(0), share.shape),
         "specialty": estimate.value,
         "corrected": np.where(unsure, np.nan, estimate.corrected),
-        "low": np.where(unsure, np.nan, estimate.low),
-        "high": np.where(unsure, np.nan, estimate.high),
+        "low": np.where(unsure, np.nan, estimate.value - margin),
+        "high": np.where(unsure, np.nan, estimate.value + margin),
         "p_value": p,
         "q_value": q,
     }
@@ -92,12 +93,19 @@ def domain(run: RunLike, by: str = "task") -> "pandas.DataFrame":
         ValueError: no such label.
     """
     import pandas as pd
+    from scipy.special import expit, logit
 
     groups, frames = group(run, by), []
     _, L, E = groups.sums.shape
+    smoothed = (groups.sums + 0.5) / (groups.sums + 0.5).sum(-1, keepdims=True)
+    error = np.sqrt(_variances(groups, smoothed)) / (smoothed * (1 - smoothed))
     for g, name in enumerate(groups.names):
         tokens = groups.sums[g].sum(-1, keepdims=True) / groups.top_k
-        estimate = Jackknife(groups.sums[g] / tokens).stratum(_rates(groups, g))
+        ends = logit(smoothed[g]) + quantile(max(groups.docs[g] - 1, 1)) * error[g] * np.array([-1, 1])[:, None, None]
+        low, high = np.minimum(groups.top_k * expit(ends), 1)
+        never = (groups.sums[g] == 0) & ~np.isnan(low)
+        low = np.where(never, 0, low)
+        high = np.where(never, np.minimum(high, 1 - 0.05 ** (1 / groups.docs[g])), high)
         grid = np.indices((L, E)).reshape(2, -1)
         frames.append(
             pd.DataFrame(
@@ -105,9 +113,9 @@ def domain(run: RunLike, by: str = "task") -> "pandas.DataFrame":
                     "group": name,
                     "layer": np.array(groups.layers)[grid[0]],
                     "expert": grid[1],
-                    "specialisation": estimate.value.ravel(),
-                    "low": estimate.low.ravel(),
-                    "high": estimate.high.ravel(),
+                    "specialisation": (groups.sums[g] / tokens).ravel(),
+                    "low": low.ravel(),
+                    "high": high.ravel(),
                     "uniform": groups.top_k / E,
                     "picks": groups.sums[g].ravel().astype(np.int64),
                     "tokens": np.broadcast_to(tokens, (L, E)).ravel().round().astype(np.int64),
@@ -117,12 +125,6 @@ def domain(run: RunLike, by: str = "task") -> "pandas.DataFrame":
             )
         )
     return pd.concat(frames, ignore_index=True)
-
-
-def _rates(groups: Groups, g: int) -> Iterator[NDArray[np.float64]]:
-    for left in groups.without_one(g):
-        with np.errstate(invalid="ignore"):
-            yield left * groups.top_k / left.sum(-1, keepdims=True)
 
 
 def _scores(smoothed: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -147,39 +149,68 @@ def _without(groups: Groups, g: int, pseudo_count: float) -> Iterator[NDArray[np
             yield scores
 
 
+def _variances(groups: Groups, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[G, L, E] variance of a group's shares between samples of its documents; NaN of one document.
+
+    That of the jackknife of ratios, with residuals over 1 - h_d (h_d the document's part of its group's picks), and at
+    least half of what the group's dispersion over all experts predicts for the shares `predicted` [G, L, E]: over few
+    documents some of many cells vary little by chance, and of an expert that was never seen nothing varies.
+    """
+    share, out = groups.probabilities, np.empty_like(groups.sums)
+    for g, rows in enumerate(groups.rows):
+        picks = groups.sums[g].sum(-1)
+        own = np.zeros(share.shape[1:])
+        for row in rows:
+            mine = groups.counts[row].sum(-1, dtype=np.int64)
+            with np.errstate(invalid="ignore", divide="ignore"):  # a document that is its group
+                own += ((groups.counts[row] - share[g] * mine[:, None]) / (picks - mine)[:, None]) ** 2
+        dispersion = own.sum(-1) / np.maximum((share[g] * (1 - share[g])).sum(-1) / picks, 1e-300)
+        least = np.maximum(dispersion, 1) / picks / 2
+        out[g] = np.maximum(own, least[:, None] * predicted[g])
+    return np.where(np.isfinite(out), out, np.nan)
+
+
 def _p_values(groups: Groups) -> NDArray[np.float64]:
     """[G, L, E] two-sided p of the difference between a group's share and the mean share of the others, by Welch's t.
 
-    Variances are those of shares under the jackknife of ratios (residuals over 1 - h_d, h_d the document's part of its
-    group's picks), at least half of what the group's dispersion over all experts predicts for the pooled share: over
-    few documents some of many cells vary little by chance, and those would be found. Degrees of freedom count documents
-    by the squares of their parts, as a long one makes most of a variance.
+    Degrees of freedom count documents by the squares of their parts, as a long one makes most of a variance.
     """
     from scipy import stats
 
     total = groups.sums.sum(0)
-    pooled, share, G = total / total.sum(-1, keepdims=True), groups.probabilities, len(groups.names)
-    variance, freedom = np.empty_like(share), np.empty(share.shape[:2])
+    share, G = groups.probabilities, len(groups.names)
+    pooled = np.broadcast_to(total / total.sum(-1, keepdims=True), share.shape)
+    variance = np.where(total > 0, _variances(groups, pooled), np.nan)
+    freedom = np.empty(share.shape[:2])
     for g, rows in enumerate(groups.rows):
-        picks = groups.sums[g].sum(-1)
-        own, squares, fourths = np.zeros_like(pooled), np.zeros(len(picks)), np.zeros(len(picks))
-        for row in rows:
-            mine = groups.counts[row].sum(-1, dtype=np.int64)
-            part = mine / picks
-            with np.errstate(invalid="ignore", divide="ignore"):  # a document that is its group
-                own += ((groups.counts[row] - share[g] * mine[:, None]) / (picks * (1 - part))[:, None]) ** 2
-            squares, fourths = squares + part**2, fourths + part**4
-        dispersion = own.sum(-1) / ((share[g] * (1 - share[g])).sum(-1) / picks)
-        least = np.maximum(dispersion, 1) / picks / 2
-        variance[g] = np.maximum(own, least[:, None] * pooled)
-        freedom[g] = np.maximum(squares**2 / fourths - 1, 1)
-    variance = np.where((total > 0) & np.isfinite(variance), variance, np.nan)
+        squares = (groups.counts[rows].sum(-1, dtype=np.int64) / groups.sums[g].sum(-1)) ** 2  # [n, L]
+        freedom[g] = np.maximum(squares.sum(0) ** 2 / (squares**2).sum(0) - 1, 1)
     out = np.empty_like(share)
     for g in range(G):
         others = [h for h in range(G) if h != g]
         parts = np.concatenate([variance[g][None], variance[others] / (G - 1) ** 2])
-        whole = parts.sum(0)
+        margin, degrees = _welch(parts, freedom[[g, *others]][..., None])
         with np.errstate(invalid="ignore", divide="ignore"):
-            degrees = whole**2 / (parts**2 / freedom[[g, *others]][..., None]).sum(0)
-            out[g] = 2 * stats.t.sf(np.abs(share[g] - share[others].mean(0)) / np.sqrt(whole), degrees)
+            out[g] = 2 * stats.t.sf(np.abs(share[g] - share[others].mean(0)) / margin, degrees)
+    return out
+
+
+def _welch(parts: NDArray[np.float64], freedom: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Standard error of a sum of independent parts with variances [P, ...], and Welch's degrees of freedom."""
+    whole = parts.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sqrt(whole), whole**2 / (parts**2 / freedom).sum(0)
+
+
+def _margins(groups: Groups, smoothed: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[G, L, E] half the width of the 95 % interval of a log-specialty, by the delta method from `_variances`."""
+    share = smoothed / smoothed.sum(-1, keepdims=True)
+    variance, mean, G = _variances(groups, share), share.mean(0), len(share)
+    freedom = np.maximum(np.array(groups.docs) - 1.0, 1)[:, None, None]
+    out = np.empty_like(share)
+    for g in range(G):
+        slopes = np.full_like(share, -1) / (G * mean)
+        slopes[g] += 1 / share[g]
+        error, degrees = _welch(slopes**2 * variance, freedom)
+        out[g] = quantile(degrees) * error
     return out

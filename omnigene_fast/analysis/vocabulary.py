@@ -105,7 +105,10 @@ def vocabulary_summary(
         any_two = _between(cells.expert * 0, cells.doc, cells.count, D)[0]
         with np.errstate(invalid="ignore", divide="ignore"):
             estimate = Jackknife(same[0] / pairs[0])
-            estimate.stratum(((same[0] - same[1]) / (pairs[0] - pairs[1]))[np.unique(cells.doc)])
+            estimate.stratum(
+                ((same[0] - same[1]) / (pairs[0] - pairs[1]))[np.unique(cells.doc)],
+                np.bincount(cells.doc, weights=cells.count)[np.unique(cells.doc)],
+            )
             chance = alike / any_two
         rows.append(
             {

@@ -164,4 +164,6 @@ def test_runs_that_do_not_match_are_refused(runs):
         analysis.decompose(altered(base, text_hash="a"), altered(cpt, text_hash="b"), sft)
     with pytest.raises(ValueError, match="layers and experts"):
         analysis.decompose(base, Memory(cpt.counts[:, :1], cpt.documents, 4), sft)
-    analysis.decompose(altered(base, text_hash="a"), altered(cpt, text_hash="a"), sft, permutations=0)
+    texts = [f"{row // 2:x}" for row in range(len(base.documents))]  # every text is there twice, and one run knows it
+    one = analysis.decompose(altered(base, text_hash=texts), altered(cpt, text_hash=texts), sft, permutations=0)
+    assert (one["docs"] == len(texts) // 2).all()

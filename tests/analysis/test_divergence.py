@@ -275,3 +275,19 @@ def test_full_size_takes_seconds():
     print(f"30 layers x 66 pairs x 1,000 permutations of 600 documents: {spent:.1f} s of CPU")
     assert len(table) == 30 * 66
     assert spent < 60
+
+
+def test_copies_of_a_text_are_one_document(caplog):
+    rng = np.random.default_rng(9)
+    run = dispersed(rng, skewed(rng, 2, 2, 16), 6, 60, 4, 60)
+    run.documents["text_hash"] = [f"{row:016x}" for row in range(12)]
+    copied = Memory(np.repeat(run.counts, 5, 0), run.documents.loc[np.repeat(np.arange(12), 5)], run.top_k)
+    copied.documents = copied.documents.reset_index(drop=True).assign(doc_id=np.arange(60))
+    columns = ["js", "corrected", "low", "high", "docs_a", "floor", "p_value"]
+    once, five = (analysis.divergence(one, permutations=50)[columns] for one in (run, copied))
+    assert five.to_numpy(float) == pytest.approx(once.to_numpy(float))
+    assert "48 documents of run 'memory' are copies of a text" in caplog.text
+    copied.documents["text_hash"] = None  # nothing says that they are copies
+    apart = analysis.divergence(copied, permutations=0)
+    assert ((apart["high"] - apart["low"]) < 0.6 * (once["high"] - once["low"])).all()
+    assert (analysis.load(copied)["docs"] == 30).all()

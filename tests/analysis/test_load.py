@@ -180,3 +180,14 @@ def test_bug_22_entropy_of_true_probabilities():
         analysis.router_entropy(np.concatenate([p[:1], logits[:1]]))
     with pytest.raises(ValueError, match="finite"):
         analysis.router_entropy([math.inf, 1.0])
+
+
+def test_domain_of_an_expert_that_was_never_picked_has_an_upper_end():
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(240, [0] + [1 / 7] * 7, (6, 1))
+    run = Memory(counts.astype(np.int32), documents(["a"] * 3 + ["b"] * 3, 60), 4)
+    never = analysis.domain(run).query("expert == 0")
+    assert (never["low"] == 0).all()
+    assert never["high"].between(0.05, 1 - 0.05 ** (1 / 3) + 1e-9).all()
+    many = Memory(np.repeat(counts, 20, 0).astype(np.int32), documents(["a"] * 60 + ["b"] * 60, 60), 4)
+    assert (analysis.domain(many).query("expert == 0")["high"] < 0.05).all()

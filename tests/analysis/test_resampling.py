@@ -164,5 +164,23 @@ def test_ratio_is_the_ratio_of_sums():
     estimate = ratio(above, below)
     assert estimate.value == pytest.approx(above.sum(0) / below.sum())
     left = Jackknife(estimate.value)
-    left.stratum(np.stack([above[np.arange(9) != i].sum(0) / below[np.arange(9) != i].sum() for i in range(9)]))
+    left.stratum(np.stack([above[np.arange(9) != i].sum(0) / below[np.arange(9) != i].sum() for i in range(9)]), below)
     assert estimate.low == pytest.approx(left.low)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_share_that_never_varied_is_not_known_exactly(value):
+    """Three documents of which none, or all, did something: up to 63 % of documents may do the other."""
+    tokens = np.array([60, 50, 70])
+    estimate = ratio(value * tokens, tokens)
+    ends = sorted([value, abs(value - (1 - 0.05 ** (1 / 3)))])
+    assert [float(estimate.low), float(estimate.high)] == pytest.approx(ends)
+    assert float(ratio(np.array([1.0, 20, 30]), tokens).low) >= 0
+
+
+def test_a_long_document_leaves_fewer_degrees_of_freedom():
+    rng = np.random.default_rng(3)
+    values = rng.random((10, 1))
+    even, uneven = (Jackknife(np.array([0.5])).stratum(values, sizes) for sizes in (np.ones(10), [1000] + [10] * 9))
+    assert even.margin == pytest.approx(Jackknife(np.array([0.5])).stratum(values).margin)
+    assert uneven.margin > 2 * even.margin
