@@ -22,7 +22,7 @@ from typing import Any
 from .records import KINDS
 
 FORMAT = 1
-META, LOCK = "meta.json", "run.lock"
+META, LOCK, CHECKSUM = "meta.json", "run.lock", "checksum"
 TEMPORARY = ".new"
 # What a reopened run must share with its meta.json; the rest (versions, dates) may differ between sessions.
 IDENTITY = ("format", "record", "layers", "num_experts", "top_k", "model", "config_hash")
@@ -36,6 +36,17 @@ class File:
     name: str
     size: int
     crc32: int
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Name `file` in an OSError that names none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(file)) from error
+        raise
 
 
 @contextmanager
@@ -95,7 +106,7 @@ def write_file(path: Path, name: str, data: Any) -> File:
     """Write `data` beside, make it durable, rename it to `name`; the caller syncs the directory."""
     beside = path / (name + TEMPORARY)
     try:
-        with open(beside, "wb") as file:
+        with naming(path / name), open(beside, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -131,9 +142,11 @@ def create_or_check(path: Path, meta: Mapping[str, Any]) -> None:
     with locked(path):
         _refuse_foreign(path)
         if (path / META).exists():
+            if fault := meta_fault(path):
+                raise ValueError(fault)
             _check_same(path, read_meta(path), meta)
         else:
-            write_file(path, META, json.dumps(meta, indent=2).encode() + b"\n")
+            write_file(path, META, json.dumps(add_checksum(meta), indent=2).encode() + b"\n")
             sync_directory(path)
 
 
@@ -181,13 +194,37 @@ def is_count(value: Any, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
+def add_checksum(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """`entry` with the CRC-32 of its other fields as its last one; spaces and the order of fields do not count."""
+    fields = {key: value for key, value in entry.items() if key != CHECKSUM}
+    return {**fields, CHECKSUM: zlib.crc32(json.dumps(fields, sort_keys=True).encode())}
+
+
+def checksum_fault(entry: Mapping[str, Any], where: str) -> str | None:
+    """A sentence if `entry` is not what was written; None also for one of a run from before there were checksums."""
+    if CHECKSUM not in entry or entry[CHECKSUM] == (found := add_checksum(entry)[CHECKSUM]):
+        return None
+    return f"{where}: expected checksum {entry[CHECKSUM]!r}, found {found}: damaged; restore it from a copy of the run."
+
+
+def meta_fault(path: Path) -> str | None:
+    """A sentence if the meta.json of a run is not what was written."""
+    return checksum_fault(_load_meta(path), str(path / META))
+
+
 def read_meta(path: Path) -> dict[str, Any]:
-    """The run's meta.json, checked.
+    """The run's meta.json, checked, but for its checksum: see `meta_fault`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: no directory at `path`.
         ValueError: a directory without meta.json, a damaged one, or one of a newer format.
     """
+    meta = _load_meta(path)
+    meta.pop(CHECKSUM, None)
+    return meta
+
+
+def _load_meta(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a run directory, found nothing there.")
     if not path.is_dir():

@@ -9,7 +9,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .layout import FORMAT, TEMPORARY, File, check_format, first_line, is_count, locked, sync_directory, write_file
+from .layout import (
+    FORMAT,
+    TEMPORARY,
+    File,
+    add_checksum,
+    check_format,
+    checksum_fault,
+    first_line,
+    is_count,
+    locked,
+    naming,
+    sync_directory,
+    write_file,
+)
 
 MANIFEST = "manifest.jsonl"
 DATA = re.compile(rf"(part|docs)-(\d+)-(\d+)\.parquet({re.escape(TEMPORARY)})?")
@@ -60,25 +73,53 @@ def write_segment(
 def read_manifest(path: Path) -> list[Segment]:
     """The committed segments in the order of their commits; a torn last line is none of them.
 
+    Checksums are not compared: see `manifest_faults`.
+
     Raises:
         ValueError: a damaged line, or one of a newer format.
     """
-    file = path / MANIFEST
+    return [_segment(line, f"{path / MANIFEST}, line {number}") for number, line in enumerate(_lines(path), 1)]
+
+
+def manifest_faults(path: Path) -> list[str]:
+    """Sentences about lines of the manifest that are not what was written."""
+    faults = (
+        checksum_fault(_load(line, where), where)
+        for number, line in enumerate(_lines(path), 1)
+        for where in [f"{path / MANIFEST}, line {number}"]
+    )
+    return [fault for fault in faults if fault]
+
+
+def _lines(path: Path) -> list[bytes]:
     try:
-        whole, _, _ = file.read_bytes().rpartition(b"\n")
+        whole, newline, tail = (path / MANIFEST).read_bytes().rpartition(b"\n")
     except FileNotFoundError:
         return []
-    lines = whole.split(b"\n") if whole else []
-    return [_segment(line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+    lines = whole.split(b"\n") if newline else []
+    return [*lines, tail[:size]] if (size := _whole_size(tail)) else lines
 
 
-def _segment(line: bytes, where: str) -> Segment:
+def _whole_size(tail: bytes) -> int:
+    """Bytes of `tail`, which no newline ends, that are a whole line: its newline is damaged; 0 for a torn line.
+
+    A line is an object with two objects in it, so a third brace closes it; a line cut short by a crash has fewer.
+    """
+    return tail.rfind(b"}") + 1 if tail.count(b"}") >= 3 else 0
+
+
+def _load(line: bytes, where: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
         if not isinstance(entry, dict):
             raise ValueError("no JSON object")
     except ValueError as error:
         raise ValueError(f"{where}: expected a committed segment as JSON, got {first_line(error)}.") from None
+    return entry
+
+
+def _segment(line: bytes, where: str) -> Segment:
+    entry = _load(line, where)
     check_format(entry, where)
     try:
         rank, seq, tokens, documents = (entry[key] for key in ("rank", "seq", "tokens", "documents"))
@@ -94,8 +135,8 @@ def _segment(line: bytes, where: str) -> Segment:
 
 def append_manifest(path: Path, segment: Segment) -> None:
     """Commit a segment whose files are in place; a torn line that a crash left behind is cut first."""
-    line = json.dumps({"format": FORMAT, **asdict(segment)}).encode() + b"\n"
-    with locked(path):
+    line = json.dumps(add_checksum({"format": FORMAT, **asdict(segment)})).encode() + b"\n"
+    with locked(path), naming(path / MANIFEST):
         handle = os.open(path / MANIFEST, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             end = _cut_torn_line(handle)
@@ -113,7 +154,7 @@ def append_manifest(path: Path, segment: Segment) -> None:
 
 
 def _cut_torn_line(handle: int) -> int:
-    """Drop what follows the last newline; the size that is left."""
+    """Drop a torn line after the last newline, or end a whole one with its newline; the size that is left."""
     size = end = os.fstat(handle).st_size
     while end:
         start = max(0, end - 4096)
@@ -122,6 +163,10 @@ def _cut_torn_line(handle: int) -> int:
         if newline >= 0:
             break
     if end != size:
+        whole = _whole_size(os.pread(handle, size - end, end))
+        if whole:
+            os.pwrite(handle, b"\n", end + whole)
+            end += whole + 1
         os.ftruncate(handle, end)
     return end
 
@@ -129,6 +174,9 @@ def _cut_torn_line(handle: int) -> int:
 def recover(path: Path, rank: int) -> list[Segment]:
     """What is committed, once a torn line and the uncommitted files of `rank` are gone; its writer's lock is held."""
     with locked(path):
+        segments = read_manifest(path)  # refuses a damaged line before anything is changed
+        if faults := manifest_faults(path):
+            raise ValueError(faults[0])
         try:
             handle = os.open(path / MANIFEST, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -138,7 +186,6 @@ def recover(path: Path, rank: int) -> list[Segment]:
                 _cut_torn_line(handle)
             finally:
                 os.close(handle)
-        segments = read_manifest(path)
     for name in uncommitted(path, segments):
         match = DATA.fullmatch(name)
         if match and int(match[2]) == rank:

@@ -1,6 +1,7 @@
 """Reading a run: documents and counts at once, tokens lazily, by SQL or in batches of bounded memory."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -41,7 +42,11 @@ def open_trace(path: str | os.PathLike[str]) -> "Run":
         ValueError: no run, a damaged one, or one of a newer format.
     """
     directory = Path(path)
-    return Run(directory, layout.read_meta(directory), manifest.read_manifest(directory))
+    run = Run(directory, layout.read_meta(directory), manifest.read_manifest(directory))
+    for fault in (layout.meta_fault(directory), *manifest.manifest_faults(directory)):
+        if fault:
+            warnings.warn(fault, stacklevel=2)
+    return run
 
 
 class Run:

@@ -15,8 +15,8 @@ from .checks import find_bad_row, is_sorted
 from .columns import LABEL, check_file
 from .counting import count_picks
 from .documents import counts_of, read_docs
-from .layout import has_live_writer
-from .manifest import DATA, MANIFEST, read_manifest, uncommitted
+from .layout import has_live_writer, meta_fault
+from .manifest import DATA, MANIFEST, manifest_faults, read_manifest, uncommitted
 from .records import PHASES, Records
 from .whole import Rows
 
@@ -50,7 +50,7 @@ def _directory(run: "Run") -> list[str]:
     file = run.path / MANIFEST
     locks = (re.fullmatch(r"writer-(\d+)\.lock", entry.name) for entry in run.path.iterdir())
     live = {int(lock[1]) for lock in locks if lock and has_live_writer(run.path, int(lock[1]))}
-    faults = []
+    faults = [fault for fault in (meta_fault(run.path), *manifest_faults(run.path)) if fault]
     for name in uncommitted(run.path, read_manifest(run.path)):
         match = DATA.fullmatch(name)
         if match and int(match[2]) not in live:
@@ -59,7 +59,9 @@ def _directory(run: "Run") -> list[str]:
                 f" rank {match[2]} removes it."
             )
     if not live and file.exists() and (text := file.read_bytes()) and not text.endswith(b"\n"):
-        faults.append(f"{file}: the last line is torn and was ignored; opening a writer cuts it.")
+        whole = len(read_manifest(run.path)) > text.count(b"\n")
+        fault = "has lost its newline" if whole else "is torn and was ignored"
+        faults.append(f"{file}: the last line {fault}; opening a writer {'mends' if whole else 'cuts'} it.")
     places = Counter((segment.rank, segment.seq) for segment in run.segments)
     return faults + [f"{file}: rank {r}, seq {s} is listed {n} times." for (r, s), n in places.items() if n > 1]
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from omnigene_fast.tracing import layout
 from omnigene_fast.tracing.records import Records
 from omnigene_fast.tracing.run import Run, open_trace
 from omnigene_fast.tracing.store import Writer
@@ -300,7 +301,7 @@ def forge(path, kind, change, *, segment=0):
     table = change(pq.read_table(file))
     pq.write_table(table, file)
     entry[kind] |= {"size": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
-    lines[segment] = json.dumps(entry)
+    lines[segment] = json.dumps(layout.add_checksum(entry))
     (path / "manifest.jsonl").write_text("".join(line + "\n" for line in lines))
 
 
