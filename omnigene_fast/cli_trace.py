@@ -9,6 +9,13 @@ import click
 from .cli_options import DTYPES, dtype_of, parse_device, sentence, set_threads, words
 
 RUN = click.Path(path_type=Path)
+WEIGHTS = click.option(
+    "--weights",
+    type=click.Choice(["tokens", "documents"]),
+    default="tokens",
+    show_default=True,
+    help="Documents count by their tokens, or all the same.",
+)
 
 
 @click.command()
@@ -115,8 +122,9 @@ def verify(run: Path) -> None:
 @click.option("--by", default="task", show_default=True, help="Label whose values are compared.")
 @click.option("--permutations", default=1000, show_default=True, type=click.IntRange(min=1), help="For noise floors.")
 @click.option("--seed", default=0, show_default=True, type=int)
+@WEIGHTS
 @sentence
-def report(runs: tuple[Path, ...], out: Path, by: str, permutations: int, seed: int) -> None:
+def report(runs: tuple[Path, ...], out: Path, by: str, permutations: int, seed: int, weights: str) -> None:
     """Write one self-contained HTML page about one or several runs, such as base, CPT and SFT, in this order.
 
     \b
@@ -125,9 +133,15 @@ def report(runs: tuple[Path, ...], out: Path, by: str, permutations: int, seed: 
     """
     from . import analysis, open_trace
 
-    opened = [open_trace(run) for run in runs]
+    opened = [_weighted(open_trace(run), weights) for run in runs]
     texts = _texts(opened[0].meta.get("tokenizer"))
     click.echo(analysis.report(opened, out, by=by, permutations=permutations, seed=seed, texts=texts))
+
+
+def _weighted(run: Any, weights: str) -> Any:
+    from . import analysis
+
+    return analysis.equal_weights(run) if weights == "documents" else run
 
 
 def _texts(tokenizer: Any) -> Callable[[int], str] | None:
@@ -145,8 +159,9 @@ def _texts(tokenizer: Any) -> Callable[[int], str] | None:
 @click.argument("cpt", type=RUN)
 @click.argument("sft", type=RUN)
 @click.option("--by", default="task", show_default=True, help="Label whose values are compared.")
+@WEIGHTS
 @sentence
-def decompose(base: Path, cpt: Path, sft: Path, by: str) -> None:
+def decompose(base: Path, cpt: Path, sft: Path, by: str, weights: str) -> None:
     """How much of the experts' differentiation came with CPT and how much with SFT, paired by document.
 
     \b
@@ -155,7 +170,8 @@ def decompose(base: Path, cpt: Path, sft: Path, by: str) -> None:
     """
     from . import analysis, open_trace
 
-    table = analysis.decompose(open_trace(base), open_trace(cpt), open_trace(sft), by=by)
+    first, second, third = (_weighted(open_trace(run), weights) for run in (base, cpt, sft))
+    table = analysis.decompose(first, second, third, by=by)
     click.echo(table.to_string(index=False, float_format=lambda value: f"{value:.4f}"))
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .cells import Cell, Figure, simulate
 
-MODULES = ("level", "coverage")  # each has a function cells() -> list[Cell]
+MODULES = ("level", "coverage", "pairs")  # each has a function cells() -> list[Cell]
 
 
 def cells() -> list[Cell]:

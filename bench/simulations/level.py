@@ -51,6 +51,7 @@ def cells() -> list[Cell]:
         wanted |= {"specialty p <= 0.05": LEVEL, "js / floor": FLOOR}
         if name in PAIRS:
             wanted |= dict.fromkeys(("divergence of a layer p <= 0.05", "divergence_summary p <= 0.05"), LEVEL)
+            wanted |= {"equal weights, differentiation p <= 0.05": LEVEL, "equal weights, js / floor": FLOOR}
         out.append(Cell("level", name, _simulation(setting, 0.0), wanted))
     for name, setting in POWER.items():
         wanted = {"divergence_summary p <= 0.05": (0.5, 1.0)}
@@ -79,5 +80,8 @@ class _simulation:
         if len(docs) == 2:
             by_layer, summary = analysis.divergence_tables(run, permutations=199, seed=seed)
             out["divergence of a layer p <= 0.05"] = (by_layer["p_value"] <= 0.05).mean()
+            equal = analysis.differentiation(analysis.equal_weights(run), permutations=199, seed=seed).iloc[-1]
+            out["equal weights, differentiation p <= 0.05"] = equal["p_value"] <= 0.05
+            out["equal weights, js / floor"] = equal["js"] / equal["floor"]
             out["divergence_summary p <= 0.05"] = summary["p_value"].iloc[0] <= 0.05
         return out

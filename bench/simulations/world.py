@@ -50,19 +50,25 @@ class Simulated:
 class World:
     """Token types with K fixed experts in each layer; a task is a distribution over types, a document a draw around it.
 
-    Picks are without replacement, as those of a router, and layers are correlated through the types.
+    Picks are without replacement, as those of a router, and layers are correlated through the types. In an `even` world
+    all types are as frequent, and all experts as full.
     """
 
-    def __init__(self, seed: int = 7, types: int = 400, layers: int = 4, experts: int = 128, top_k: int = 8) -> None:
+    def __init__(
+        self, seed: int = 7, types: int = 400, layers: int = 4, experts: int = 128, top_k: int = 8, even: bool = False
+    ) -> None:
         rng = np.random.default_rng(seed)
         self.layers, self.experts, self.top_k = layers, experts, top_k
         load = rng.standard_normal((layers, 1, experts))
         score = load + 1.5 * rng.gumbel(size=(layers, types, experts))
         self.sets = np.argsort(-score, -1)[..., :top_k]  # [L, V, K]
+        if even:
+            dealt = rng.permuted(np.tile(np.arange(experts), (layers, types * top_k // experts, 1)), axis=-1)
+            self.sets = dealt.reshape(layers, types, top_k)
         self.incidence = np.zeros((types, layers * experts), np.float32)
         for layer in range(layers):
             self.incidence[np.arange(types)[:, None], layer * experts + self.sets[layer]] = 1
-        frequency = np.exp(rng.standard_normal(types))
+        frequency = np.exp(rng.standard_normal(types) * (not even))
         self.base = frequency / frequency.sum()
 
     def task(self, seed: int, distance: float) -> NDArray[np.float64]:
@@ -115,6 +121,18 @@ class World:
         """The run of the documents of `texts`."""
         counts = (tokens.astype(np.float32) @ self.incidence).astype(np.int64)
         return Simulated(counts.reshape(-1, self.layers, self.experts), table, self.top_k)
+
+    def written(self, texts: Sequence[NDArray[np.int64]], **labels: Sequence[str]) -> Simulated:
+        """The run of documents that are token types in an order, with its records."""
+        sizes = np.array([len(text) for text in texts])
+        doc, token = np.repeat(np.arange(len(texts)), sizes), np.concatenate(texts)
+        counts = np.stack([np.bincount(text, minlength=len(self.base)) for text in texts])
+        table = pd.DataFrame({"doc_id": np.arange(len(texts)), "n_tokens": sizes, "text_hash": None, **labels})
+        run = self.routed(counts, table)
+        position = np.concatenate([np.arange(size) for size in sizes]).astype(np.int32)
+        ids = self.sets[:, token].astype(np.uint8)
+        records = Records(doc, position, token.astype(np.int32), np.zeros(len(token), np.uint8), ids)
+        return Simulated(run.counts, run.documents, run.top_k, records)
 
     def run(self, rng: np.random.Generator, *texts: Any) -> Simulated:
         """The run of documents that are drawn as by `texts`, whose arguments these are."""

@@ -16,6 +16,7 @@ from .divergence import (
     js_divergence,
 )
 from .entropy import router_entropy
+from .given import given_tokens
 from .load import load
 from .locality import locality
 from .pairwise import pairwise
@@ -23,6 +24,7 @@ from .replay import replay_distance, saturation
 from .resampling import benjamini_hochberg
 from .specialty import domain, specialty
 from .vocabulary import vocabulary, vocabulary_summary
+from .weights import equal_weights
 
 if TYPE_CHECKING:
     from .report import report
@@ -38,9 +40,11 @@ __all__ = [
     "divergence_summary",
     "divergence_tables",
     "domain",
+    "equal_weights",
     "flow",
     "flow_counts",
     "generalized_js",
+    "given_tokens",
     "js_divergence",
     "load",
     "locality",

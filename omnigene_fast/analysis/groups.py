@@ -51,7 +51,7 @@ class Groups:
 
     names: list[str]  # sorted
     rows: list[NDArray[np.int64]]  # per group, rows of `counts`; without copies of a text, of run.documents too
-    counts: NDArray[Any]  # [D, L, E] of the run, each text's in the row of its first document
+    counts: NDArray[Any]  # [D, L, E] of the run, each text's in the row of its first document; see `equal_weights` too
     sums: NDArray[np.float64]  # [G, L, E]
     layers: list[int]
     top_k: int
@@ -76,9 +76,9 @@ class Groups:
         """Positions (a, b), a < b, of every two groups."""
         return [(a, b) for a in range(len(self.names)) for b in range(a + 1, len(self.names))]
 
-    def sizes(self, group: int) -> NDArray[np.int64]:
+    def sizes(self, group: int) -> NDArray[Any]:
         """[n] picks of each document of a group, in all layers."""
-        return np.asarray(self.counts[self.rows[group]].sum((1, 2), dtype=np.int64))
+        return total(self.counts[self.rows[group]], (1, 2))
 
     def without_one(self, group: int) -> Iterator[NDArray[np.float64]]:
         """Counts [n, L, E] of a group when each of its documents in turn is left out, in chunks of documents."""
@@ -102,6 +102,8 @@ def group(
     Raises:
         ValueError: no such label, too few or too many groups, or a group without a pick in some layer.
     """
+    if getattr(run, "given", by) != by:
+        raise ValueError(f"by: expected the label {run.given!r} of given_tokens, got {by!r}.")  # type: ignore[attr-defined]
     counts, documents = run.counts, run.documents
     filled = counts.any(axis=(1, 2))
     labels = label_column(run, by) if by is not None else ["all"] * len(documents)
@@ -124,7 +126,9 @@ def group(
     hashes = documents.get("text_hash") if hashes is None else hashes
     if hashes is not None:
         rows, counts = _without_copies(rows, counts, hashes.to_numpy(object), str(run.name))
-    sums = np.stack([counts[one].sum(0, dtype=np.int64).astype(np.float64) for one in rows])
+    if weights_of(run) == "documents":
+        counts = _alike(rows, counts)
+    sums = np.stack([total(counts[one], 0).astype(np.float64) for one in rows])
     empty = np.argwhere(sums.sum(-1) == 0)
     if len(empty):
         raise ValueError(
@@ -148,13 +152,28 @@ def _without_copies(
                 kept.append(row)
                 continue
             if not copies:
-                counts = np.array(counts, np.int64)
+                counts = np.array(counts, np.int64 if counts.dtype.kind in "iu" else np.float64)
             counts[first[text]] += counts[row]
             copies += 1
         out.append(np.array(kept, np.int64))
     if copies:
         _say_that_copies_count_once(name, copies)
     return out, counts
+
+
+def _alike(rows: list[NDArray[np.int64]], counts: NDArray[Any]) -> NDArray[np.float64]:
+    """Counts in which each document of a group has the group's mean picks in a layer, with the shares it had."""
+    out = np.zeros(counts.shape)
+    for mine in rows:
+        picks = total(counts[mine], -1)  # [n, L]
+        some = np.maximum((picks > 0).sum(0), 1)
+        out[mine] = counts[mine] * (picks.sum(0) / some / np.maximum(picks, 1))[..., None]
+    return out
+
+
+def total(counts: NDArray[Any], axis: int | tuple[int, ...]) -> NDArray[Any]:
+    """Sum of counts: of whole numbers in int64, of weighted ones in float64."""
+    return np.asarray(counts.sum(axis, dtype=np.int64 if counts.dtype.kind in "iu" else np.float64))
 
 
 @functools.cache
@@ -165,6 +184,27 @@ def _say_that_copies_count_once(name: str, copies: int) -> None:
         copies,
         name,
     )
+
+
+def share_variances(groups: Groups, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[G, L, E] variance of a group's shares between samples of its documents; NaN of one document.
+
+    That of the jackknife of ratios, with residuals over 1 - h_d (h_d the document's part of its group's picks), and at
+    least half of what the group's dispersion over all experts predicts for the shares `predicted` [G, L, E]: over few
+    documents some of many cells vary little by chance, and of an expert that was never seen nothing varies.
+    """
+    share, out = groups.probabilities, np.empty_like(groups.sums)
+    for g, rows in enumerate(groups.rows):
+        picks = groups.sums[g].sum(-1)
+        own = np.zeros(share.shape[1:])
+        for row in rows:
+            mine = total(groups.counts[row], -1)
+            with np.errstate(invalid="ignore", divide="ignore"):  # a document that is its group
+                own += ((groups.counts[row] - share[g] * mine[:, None]) / (picks - mine)[:, None]) ** 2
+        dispersion = own.sum(-1) / np.maximum((share[g] * (1 - share[g])).sum(-1) / picks, 1e-300)
+        least = np.maximum(dispersion, 1) / picks / 2
+        out[g] = np.maximum(own, least[:, None] * predicted[g])
+    return np.where(np.isfinite(out), out, np.nan)
 
 
 def label_column(run: RunLike, by: str) -> list[str | None]:
@@ -180,6 +220,11 @@ def label_column(run: RunLike, by: str) -> list[str | None]:
         raise ValueError(f"by: expected one of the labels {known!r} of run {run.name!r}, got {by!r}.")
     missing = documents[by].isna()
     return [None if gone else str(value) for value, gone in zip(documents[by], missing, strict=True)]
+
+
+def weights_of(run: RunLike) -> str:
+    """What gives a document its weight: its "tokens", or that it is one of the "documents" (see `equal_weights`)."""
+    return str(getattr(run, "weights", "tokens"))
 
 
 def check_unit(base: str) -> float:

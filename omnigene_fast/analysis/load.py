@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .entropy import shannon
-from .groups import RunLike, group
-from .resampling import Jackknife
+from .groups import Groups, RunLike, group, share_variances
+from .resampling import Jackknife, quantile
 
 if TYPE_CHECKING:
     import pandas
@@ -29,9 +29,12 @@ def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
         routing), dead_bound (with 95 % confidence a dead expert is used in fewer than this share of documents), entropy
         (nats), entropy_floor (ln K: the K picks of a token are distinct), entropy_max (ln E), effective_experts (exp of
         the entropy), experts, unit (of the entropy); cv, max_vio, gini, entropy and effective_experts also with
-        _corrected, _low and _high (jackknife over documents, 95 %; entropy's end at ln E, effective_experts' at E). The
-        jackknife is not consistent for max_vio, a maximum: where several experts are nearly the fullest, its interval
-        is a rough guide and its correction need not remove the bias.
+        _corrected, _low and _high (jackknife over documents, 95 %; entropy's end at ln E, effective_experts' at E).
+
+        Even routing looks uneven in a sample. So cv's interval is that of its square, which the jackknife corrects to
+        zero there; gini is corrected as cv is, and its lower end is at most as far down as cv's. A maximum the
+        jackknife does not correct in full: max_vio's interval goes from the greatest lower end of an expert's share,
+        with 2.5 % divided by the number of experts that may be the fullest, to the greatest upper end.
 
     Raises:
         ValueError: no such label, or a group without picks.
@@ -42,7 +45,7 @@ def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
     frames = []
     for g, name in enumerate(groups.names):
         whole, experts = groups.sums[g], groups.sums.shape[-1]
-        estimate = Jackknife(balance(whole)).stratum(map(balance, groups.without_one(g)), groups.sizes(g))  # [L, 5]
+        estimates = _estimates(groups, g)  # each [L, 5]
         tokens = whole.sum(-1) / groups.top_k
         dead = (whole == 0).sum(-1)
         columns: dict[str, Any] = {
@@ -60,14 +63,8 @@ def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
             "experts": experts,
             "unit": "nats",
         }
-        most = np.array([np.inf, np.inf, np.inf, np.log(experts), experts])
-        for name, values in (
-            ("", estimate.value),
-            ("_corrected", estimate.corrected),
-            ("_low", estimate.low),
-            ("_high", estimate.high),
-        ):
-            for measure, column in zip(MEASURES, np.minimum(values, most).T, strict=True):
+        for name, values in zip(("", "_corrected", "_low", "_high"), estimates, strict=True):
+            for measure, column in zip(MEASURES, values.T, strict=True):
                 columns[measure + name] = column
         frames.append(pd.DataFrame(columns))
     table = pd.concat(frames, ignore_index=True)
@@ -84,3 +81,40 @@ def balance(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     ranks = np.arange(1, E + 1)
     gini = (2 * (np.sort(share, -1) * ranks).sum(-1) - (E + 1)) / E
     return np.stack([share.std(-1) * E, share.max(-1) * E - 1, gini, entropy, np.exp(entropy)], -1)
+
+
+def _estimates(groups: Groups, g: int) -> list[NDArray[np.float64]]:
+    """[L, 5] values, corrected values, lower and upper ends of a group."""
+    value = balance(groups.sums[g])
+    estimate = Jackknife(_squared(value)).stratum(map(_squared_balance, groups.without_one(g)), groups.sizes(g))
+    found = [value]
+    for ends in (estimate.corrected, estimate.low, estimate.high):
+        ends = np.clip(ends, 0, [np.inf, np.inf, np.inf, np.log(groups.sums.shape[-1]), groups.sums.shape[-1]])
+        ends[:, 0] **= 0.5
+        found.append(ends)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        even = [np.where(value[:, 0] > 0, one[:, 0] / value[:, 0], one[:, 0]) * value[:, 2] for one in found]
+    found[1][:, 2], found[2][:, 2] = even[1], np.minimum(found[2][:, 2], even[2])
+    if groups.docs[g] > 1:
+        found[2][:, 1], found[3][:, 1] = _fullest(groups, g)
+    return found
+
+
+def _fullest(groups: Groups, g: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[L] ends of the interval of max_vio; see `load`."""
+    share, E, freedom = groups.probabilities[g], groups.sums.shape[-1], groups.docs[g] - 1
+    smoothed = (groups.sums + 0.5) / (groups.sums + 0.5).sum(-1, keepdims=True)
+    error = np.sqrt(share_variances(groups, smoothed)[g])
+    upper = share + quantile(freedom) * error
+    lower = (share - quantile(freedom) * error).max(-1, keepdims=True)
+    candidates = (upper >= lower).sum(-1, keepdims=True)
+    lower = (share - quantile(freedom, candidates) * error).max(-1)
+    return np.maximum(lower * E - 1, 0), np.minimum(upper.max(-1), 1 / groups.top_k) * E - 1
+
+
+def _squared(balance: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.concatenate([balance[..., :1] ** 2, balance[..., 1:]], -1)
+
+
+def _squared_balance(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    return _squared(balance(counts))

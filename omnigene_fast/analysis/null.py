@@ -1,13 +1,14 @@
 """Jensen-Shannon divergences with one document left out, and where nothing differs: the heavy sums, in torch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .groups import Groups, chunk_rows
+from .groups import Groups, chunk_rows, total
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -128,8 +129,8 @@ def mean_of_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
     return mean / pairs, root / pairs
 
 
-def _flatten(counts: NDArray[np.int32]) -> tuple[Tensor, torch.dtype]:
-    """Counts as [documents, L * E] in the narrowest type in which every sum over documents is exact."""
-    largest = np.abs(counts).sum(0, dtype=np.int64).max()
-    exact = torch.float32 if largest < 1 << 24 else torch.float64
+def _flatten(counts: NDArray[Any]) -> tuple[Tensor, torch.dtype]:
+    """Counts as [documents, L * E], whole ones in the narrowest type in which every sum over documents is exact."""
+    whole = counts.dtype.kind in "iu" and total(np.abs(counts), 0).max() < 1 << 24
+    exact = torch.float32 if whole else torch.float64
     return torch.from_numpy(np.ascontiguousarray(counts.reshape(len(counts), -1))).to(exact), exact

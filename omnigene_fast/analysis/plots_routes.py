@@ -6,14 +6,15 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .plots_style import INK, expert_ticks, layer_ticks, layout, percent, plain, run_buttons, unique
+from .plots_style import INK, SIGNIFICANT, expert_ticks, layer_ticks, layout, percent, plain, run_buttons, unique
 
 
 def routes(table: pd.DataFrame, num_experts: int) -> go.Figure:
     """The strongest steps from an expert of one layer to an expert of the next.
 
     Args:
-        table: a row per edge with run, layer, expert, next_layer, next_expert, share and lift, strongest first.
+        table: a row per edge with run, layer, expert, next_layer, next_expert, share, lift and q_value; those of q of
+            0.05 or more are dotted.
         num_experts: E, the height of the figure.
     """
     runs = unique(table["run"])
@@ -33,6 +34,7 @@ def routes(table: pd.DataFrame, num_experts: int) -> go.Figure:
                     line={
                         "width": 1 + 4 * float(edge["share"]) / strongest,
                         "color": _ramp(float(edge["lift"]), table),
+                        "dash": "solid" if edge["q_value"] < SIGNIFICANT else "dot",
                     },
                     marker={"size": 6, "color": INK},
                     showlegend=False,

@@ -27,7 +27,8 @@ def report(
     """Write a report on one run or several, such as base, CPT and SFT, or before and after.
 
     Args:
-        runs: an opened trace, or a sequence of them in the order in which they were trained.
+        runs: an opened trace, or a sequence of them in the order in which they were trained; documents count by their
+            tokens, or all the same in the `equal_weights` of runs. The report says which.
         out: the HTML file; what is there is replaced. Its data go to the directory `<stem>_data` beside it.
         by: label that makes the groups.
         permutations: worlds without a difference, for the noise floors and p-values; 0: none.

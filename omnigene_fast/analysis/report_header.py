@@ -6,10 +6,15 @@ from typing import Any
 
 import pandas as pd
 
+from .groups import weights_of
 from .report_page import items, rows_of, safe
 from .report_tables import Tables
 
 UNKNOWN = "not recorded"
+WEIGHTS = {
+    "tokens": "The documents of a group are pooled by their tokens: a long one counts for more.",
+    "documents": "The documents of a group have equal weights, however long they are.",
+}
 TERMS = (
     "<b>nats</b>: the unit of divergence and entropy with the natural logarithm. <b>[a, b]</b>: 95 % interval."
     " <b>p</b>: how often chance alone gives a difference as large; <b>q</b>: p corrected for the number of"
@@ -36,6 +41,7 @@ def header(t: Tables, findings: Sequence[str]) -> str:
         f"In {where} of this model a router sends every token to {run.top_k} of {run.num_experts} small networks, the"
         f" experts. This report shows which experts {shown} and how sure one can be of it.{group}"
     )
+    intro += f" {WEIGHTS[weights_of(run)]}"
     if len(t.names) > 1:
         intro += f" It compares {len(t.names)} runs, in the order given."
     return "\n".join(

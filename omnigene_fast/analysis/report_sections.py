@@ -243,6 +243,13 @@ def tree(t: Tables) -> Section:
     )
 
 
+def many(some: int, of: int) -> str:
+    """The subject and verb of a sentence about some of the drawn steps."""
+    if of == 1:
+        return "the step is" if some else "the step is not surely"
+    return f"{some if some else 'none'} of the {of} steps {'is' if some < 2 else 'are'}"
+
+
 def paths(t: Tables) -> Section:
     title = "Paths through the layers"
     if t.flow is None:
@@ -250,18 +257,19 @@ def paths(t: Tables) -> Section:
     drawn = pd.concat([strongest(t.of(t.flow, name)) for name in t.names], ignore_index=True)
     last = drawn["run"].iloc[-1]
     mine, run = t.of(drawn, last), t.runs[t.names.index(last)]
-    first = mine.iloc[0]
+    first, sure = mine.iloc[0], int((mine["q_value"] < SIGNIFICANT).sum())
     words = [
         "A token visits experts in every layer. A line is a step from an expert of one layer to an expert of the"
-        " next that is taken much more often than if the two layers chose independently: the darker, the stronger"
-        " the link (lift); the thicker, the more tokens take it. Chains of lines are paths that many tokens share."
-        f" Only the {len(mine)} steps of the largest lift among those that enough tokens take are drawn. Lift is over"
-        f" all documents pooled: {t.noun}s that use different experts make lift by being mixed, even where the tokens"
-        " of each choose independently.",
-        f"In {bold(last)}, the strongest leads from expert {first['expert']} of layer {first['layer']} to expert"
-        f" {first['next_expert']} of layer {first['next_layer']}: {percent(first['share'])} of the tokens take it,"
-        f" {first['lift']:.1f} x{between(first['lift_low'], first['lift_high'], 1)} as many as independent choices"
-        " would give.",
+        f" next: the {len(mine)} that one half of the documents takes most beyond what two layers that choose"
+        " independently would give, among those that enough tokens take. How much more often (the lift) is measured in"
+        " the other half, because the largest of many are large by chance too. The darker, the stronger the link; the"
+        " thicker, the more tokens take it; a dotted step could be chance (q &ge; 0.05). Chains of lines are paths that"
+        f" many tokens share. Lift is over all documents pooled: {t.noun}s that use different experts make lift by"
+        " being mixed, even where the tokens of each choose independently.",
+        f"In {bold(last)}, {many(sure, len(mine))} taken more often than by chance. The first leads from expert"
+        f" {first['expert']} of layer {first['layer']} to expert {first['next_expert']} of layer {first['next_layer']}:"
+        f" {percent(first['share'])} of the tokens take it, {first['lift']:.1f}"
+        f" x{between(first['lift_low'], first['lift_high'], 1)} as many as independent choices would give.",
     ]
     counts_only = [bold(name) for name in t.names if name not in set(drawn["run"])]
     if counts_only:
@@ -277,6 +285,7 @@ def paths(t: Tables) -> Section:
         "lift",
         "lift_low",
         "lift_high",
+        "q_value",
     ]
     return Section(
         "paths",
@@ -287,7 +296,7 @@ def paths(t: Tables) -> Section:
         {
             "Unit": "lift: observed over expected frequency, 1 = independent; share of the tokens",
             "n": f"{int(run.documents['n_tokens'].sum()):,} tokens, those of all documents, in {last}",
-            "Interval": "95 % of the lift, jackknife over blocks of documents, in the table",
+            "Interval": "95 % of the lift, jackknife over blocks of documents, and q, in the table",
         },
         ("flow.csv",),
         [(f"Table: the {len(drawn)} steps that are drawn", drawn[columns])],

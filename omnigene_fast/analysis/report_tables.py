@@ -12,7 +12,7 @@ from .coactivation import flow
 from .decomposition import decompose
 from .divergence import differentiation, divergence_tables
 from .entropy import shannon
-from .groups import MOST_GROUPS, group, label_column
+from .groups import MOST_GROUPS, group, label_column, weights_of
 from .load import load
 from .resampling import Jackknife
 from .specialty import specialty
@@ -72,6 +72,8 @@ def check(runs: Sequence[Any], by: str) -> list[str]:
                 " of them only; report on them one by one."
             )
         found = groups
+        if weights_of(run) != weights_of(first):
+            raise ValueError("runs: expected equal_weights of all runs or of none, got some with it and some without.")
         if list(run.layers) != list(first.layers) or run.num_experts != first.num_experts or run.top_k != first.top_k:
             raise ValueError(
                 f"runs: expected the layers, experts and top-k of {first.name!r}, got others in {run.name!r};"
@@ -134,13 +136,12 @@ def has_tokens(run: Any) -> bool:
 
 
 def strongest(edges: pd.DataFrame) -> pd.DataFrame:
-    """The steps of one run whose lift is surely the largest, among those that enough tokens take."""
-    edges = edges[edges["tokens"] > 0]  # of a step that no token takes, between experts never picked, no lift is known
+    """The steps of one run with the largest lift among those that enough tokens take, by the documents that chose."""
+    edges = edges[(edges["tokens"] > 0) & edges["lift"].notna()]  # of experts that the other half never picks: none
     often = edges[edges["share"] >= SMALLEST_PATH]
     if len(often) < EDGES:
         often = edges.sort_values("share", ascending=False, kind="stable").head(2 * EDGES)
-    sure = often.assign(sure=often["lift_low"].fillna(often["lift"]))
-    return sure.sort_values("sure", ascending=False, kind="stable").drop(columns="sure").head(EDGES)
+    return often.sort_values("lift_choice", ascending=False, kind="stable").head(EDGES)
 
 
 def _with_share(edges: pd.DataFrame, run: Any) -> pd.DataFrame:

@@ -113,11 +113,11 @@ def ratio(numerator: NDArray[Any], denominator: NDArray[Any], limits: tuple[floa
         return estimate.stratum((above_all - numerator) / (below_all - below), sizes)
 
 
-def quantile(freedom: ArrayLike) -> NDArray[np.float64]:
-    """The 97.5 % quantile of Student's t."""
+def quantile(freedom: ArrayLike, of: ArrayLike = 1) -> NDArray[np.float64]:
+    """The 97.5 % quantile of Student's t; of several numbers that shall all lie below it, Bonferroni's."""
     from scipy import stats
 
-    return np.asarray(stats.t.ppf(0.5 + LEVEL / 2, freedom), np.float64)
+    return np.asarray(stats.t.isf((1 - LEVEL) / 2 / np.asarray(of), freedom), np.float64)
 
 
 def p_value(null: NDArray[Any], observed: ArrayLike) -> NDArray[np.float64]:

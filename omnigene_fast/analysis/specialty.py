@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .groups import Groups, RunLike, group
+from .groups import Groups, RunLike, group, share_variances, total
 from .resampling import Jackknife, benjamini_hochberg, quantile
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def specialty(run: RunLike, by: str = "task", *, pseudo_count: float = 0.5) -> "
     grid = np.indices((G, L, E)).reshape(3, -1)
     share = groups.probabilities
     columns = {
-        "picks": groups.sums.astype(np.int64),
+        "picks": groups.sums.round().astype(np.int64),
         "docs": using,
         "share": share,
         "mean_share": np.broadcast_to(share.mean(0), share.shape),
@@ -98,7 +98,7 @@ def domain(run: RunLike, by: str = "task") -> "pandas.DataFrame":
     groups, frames = group(run, by), []
     _, L, E = groups.sums.shape
     smoothed = (groups.sums + 0.5) / (groups.sums + 0.5).sum(-1, keepdims=True)
-    error = np.sqrt(_variances(groups, smoothed)) / (smoothed * (1 - smoothed))
+    error = np.sqrt(share_variances(groups, smoothed)) / (smoothed * (1 - smoothed))
     for g, name in enumerate(groups.names):
         tokens = groups.sums[g].sum(-1, keepdims=True) / groups.top_k
         ends = logit(smoothed[g]) + quantile(max(groups.docs[g] - 1, 1)) * error[g] * np.array([-1, 1])[:, None, None]
@@ -117,7 +117,7 @@ def domain(run: RunLike, by: str = "task") -> "pandas.DataFrame":
                     "low": low.ravel(),
                     "high": high.ravel(),
                     "uniform": groups.top_k / E,
-                    "picks": groups.sums[g].ravel().astype(np.int64),
+                    "picks": groups.sums[g].ravel().round().astype(np.int64),
                     "tokens": np.broadcast_to(tokens, (L, E)).ravel().round().astype(np.int64),
                     "docs": groups.docs[g],
                     "unit": "share of tokens",
@@ -149,27 +149,6 @@ def _without(groups: Groups, g: int, pseudo_count: float) -> Iterator[NDArray[np
             yield scores
 
 
-def _variances(groups: Groups, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[G, L, E] variance of a group's shares between samples of its documents; NaN of one document.
-
-    That of the jackknife of ratios, with residuals over 1 - h_d (h_d the document's part of its group's picks), and at
-    least half of what the group's dispersion over all experts predicts for the shares `predicted` [G, L, E]: over few
-    documents some of many cells vary little by chance, and of an expert that was never seen nothing varies.
-    """
-    share, out = groups.probabilities, np.empty_like(groups.sums)
-    for g, rows in enumerate(groups.rows):
-        picks = groups.sums[g].sum(-1)
-        own = np.zeros(share.shape[1:])
-        for row in rows:
-            mine = groups.counts[row].sum(-1, dtype=np.int64)
-            with np.errstate(invalid="ignore", divide="ignore"):  # a document that is its group
-                own += ((groups.counts[row] - share[g] * mine[:, None]) / (picks - mine)[:, None]) ** 2
-        dispersion = own.sum(-1) / np.maximum((share[g] * (1 - share[g])).sum(-1) / picks, 1e-300)
-        least = np.maximum(dispersion, 1) / picks / 2
-        out[g] = np.maximum(own, least[:, None] * predicted[g])
-    return np.where(np.isfinite(out), out, np.nan)
-
-
 def _p_values(groups: Groups) -> NDArray[np.float64]:
     """[G, L, E] two-sided p of the difference between a group's share and the mean share of the others, by Welch's t.
 
@@ -177,13 +156,13 @@ def _p_values(groups: Groups) -> NDArray[np.float64]:
     """
     from scipy import stats
 
-    total = groups.sums.sum(0)
+    sums = groups.sums.sum(0)
     share, G = groups.probabilities, len(groups.names)
-    pooled = np.broadcast_to(total / total.sum(-1, keepdims=True), share.shape)
-    variance = np.where(total > 0, _variances(groups, pooled), np.nan)
+    pooled = np.broadcast_to(sums / sums.sum(-1, keepdims=True), share.shape)
+    variance = np.where(sums > 0, share_variances(groups, pooled), np.nan)
     freedom = np.empty(share.shape[:2])
     for g, rows in enumerate(groups.rows):
-        squares = (groups.counts[rows].sum(-1, dtype=np.int64) / groups.sums[g].sum(-1)) ** 2  # [n, L]
+        squares = (total(groups.counts[rows], -1) / groups.sums[g].sum(-1)) ** 2  # [n, L]
         freedom[g] = np.maximum(squares.sum(0) ** 2 / (squares**2).sum(0) - 1, 1)
     out = np.empty_like(share)
     for g in range(G):
@@ -203,9 +182,9 @@ def _welch(parts: NDArray[np.float64], freedom: NDArray[np.float64]) -> tuple[ND
 
 
 def _margins(groups: Groups, smoothed: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[G, L, E] half the width of the 95 % interval of a log-specialty, by the delta method from `_variances`."""
+    """[G, L, E] half the width of the 95 % interval of a log-specialty, by the delta method from `share_variances`."""
     share = smoothed / smoothed.sum(-1, keepdims=True)
-    variance, mean, G = _variances(groups, share), share.mean(0), len(share)
+    variance, mean, G = share_variances(groups, share), share.mean(0), len(share)
     freedom = np.maximum(np.array(groups.docs) - 1.0, 1)[:, None, None]
     out = np.empty_like(share)
     for g in range(G):

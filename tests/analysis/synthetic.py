@@ -22,6 +22,7 @@ class Memory:
 
     def __post_init__(self):
         self.num_experts = self.counts.shape[-1]
+        self.record = () if self.records is None else ("ids",)
         if self.layers is None:
             self.layers = list(range(self.counts.shape[1]))
 

@@ -7,8 +7,21 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 
 from omnigene_fast import analysis
+from omnigene_fast.bench.simulations.world import World
+from omnigene_fast.tracing.records import Records
 
-from .synthetic import Memory, documents, skewed
+from .synthetic import Memory, doc_ids, documents, from_records, skewed
+
+
+def with_ids(ids, table, **more):
+    """The run of documents of n tokens each, ids [D, n, L, K]."""
+    D, n, L, K = ids.shape
+    doc, pos = np.repeat(doc_ids(D), n).astype(np.int64), np.tile(np.arange(n), D).astype(np.int32)
+    flat = ids.transpose(2, 0, 1, 3).reshape(L, D * n, K).astype(np.uint8)
+    records = Records(doc, pos, np.zeros(D * n, np.int32), np.zeros(D * n, np.uint8), flat)
+    run = from_records(records, table["task"].tolist(), more.pop("experts"))
+    run.documents = table
+    return run
 
 
 def paired(rng, pairs=40, tokens=30, experts=16, top_k=2, like=1.0, apart=0.0, tasks=2):
@@ -21,9 +34,8 @@ def paired(rng, pairs=40, tokens=30, experts=16, top_k=2, like=1.0, apart=0.0, t
     # picks of a token are distinct: Gumbel top-k
     scores = np.log(p)[:, None] + rng.gumbel(size=(2 * pairs, tokens, 1, experts))
     ids = np.argsort(-scores, -1)[..., :top_k]
-    counts = (ids[..., None] == np.arange(experts)).sum((1, 3)).astype(np.int32)
     table = documents(np.repeat([f"t{t}" for t in range(tasks)], 2 * pairs // tasks), [tokens] * (2 * pairs))
-    return Memory(counts, table.assign(pair=np.repeat([f"p{i}" for i in range(pairs)], 2)), top_k)
+    return with_ids(ids, table.assign(pair=np.repeat([f"p{i}" for i in range(pairs)], 2)), experts=experts)
 
 
 def test_mean_over_pairs_is_scipys():
@@ -52,7 +64,8 @@ def test_average_over_layers_goes_through_the_values_of_a_pair():
     """The interval is that of each pair's mean: layers of one document vary together."""
     rng = np.random.default_rng(11)
     run = paired(rng, pairs=30)
-    twice = Memory(np.concatenate([run.counts, run.counts], 1), run.documents, run.top_k)
+    twice = Memory(np.concatenate([run.counts, run.counts], 1), run.documents, run.top_k, run.records)
+    twice.records.ids = np.concatenate([twice.records.ids] * 2)
     table = analysis.pairwise(twice, permutations=50, average=True)
     assert table["layer"].tolist() == [0, 0, 1, 1, "mean", "mean"]
     plain = analysis.pairwise(twice, permutations=50)
@@ -69,24 +82,28 @@ def test_average_over_layers_goes_through_the_values_of_a_pair():
 def permuted_tokens(rng, experts, top_k, tokens, pairs):
     """Pairs of documents of one distribution, and their mean divergence when tokens are dealt out anew."""
     scores = rng.standard_normal(experts) + rng.gumbel(size=(pairs, 2 * tokens, experts))
-    hot = np.zeros(scores.shape, np.int32)
-    np.put_along_axis(hot, np.argsort(-scores, -1)[..., :top_k], 1, -1)
+    hot, ids = np.zeros(scores.shape, np.int32), np.argsort(-scores, -1)[..., :top_k]
+    np.put_along_axis(hot, ids, 1, -1)
     dealt = []
     for _ in range(8):
         order = np.argsort(rng.random((pairs, 2 * tokens)), 1)
         moved = np.take_along_axis(hot, order[..., None], 1)
         p, q = (part.sum(1) / (top_k * tokens) for part in (moved[:, :tokens], moved[:, tokens:]))
         dealt.append(np.mean(jensenshannon(p, q, axis=1) ** 2))
-    counts = np.stack([hot[:, :tokens].sum(1), hot[:, tokens:].sum(1)], 1).reshape(2 * pairs, 1, experts)
     table = documents(["t"] * (2 * pairs), [tokens] * (2 * pairs))
     pair = np.repeat([f"p{i}" for i in range(pairs)], 2)
-    return Memory(counts.astype(np.int32), table.assign(pair=pair), top_k), np.mean(dealt)
+    run = with_ids(ids.reshape(2 * pairs, tokens, 1, top_k), table.assign(pair=pair), experts=experts)
+    return run, np.mean(dealt)
 
 
 @pytest.mark.parametrize(("experts", "top_k", "tokens"), [(4, 1, 20), (4, 2, 20), (8, 2, 20), (16, 2, 30), (64, 8, 30)])
 def test_the_floor_is_that_of_permuted_tokens(experts, top_k, tokens):
     run, truth = permuted_tokens(np.random.default_rng(5), experts, top_k, tokens, 2000)
-    assert analysis.pairwise(run, by=None, permutations=0)["floor"][0] == pytest.approx(truth, rel=0.025)
+    row = analysis.pairwise(run, by=None, permutations=0).iloc[0]
+    assert (row["floor_of"], row["floor"]) == ("stretches", pytest.approx(truth, rel=0.04))
+    run.record = ()
+    row = analysis.pairwise(run, by=None, permutations=0).iloc[0]
+    assert (row["floor_of"], row["floor"]) == ("tokens", pytest.approx(truth, rel=0.025))
 
 
 def test_intervals_of_nothing_hold_zero():
@@ -104,12 +121,13 @@ def test_more_pairs_than_permutations_are_re_paired_as_drawn(monkeypatch):
     module, run = importlib.import_module("omnigene_fast.analysis.pairwise"), paired(np.random.default_rng(7), pairs=60)
     first, second = np.arange(0, 120, 2), np.arange(1, 120, 2)
     value, sizes, entropy = module._values(run, first, second), [], module.entropy
+    pairs = module._Pairs("pair", first, second, first, first, ["all"] * 60, value)
     monkeypatch.setattr(module, "entropy", lambda p: sizes.append(len(p)) or entropy(p))
     monkeypatch.setattr(module, "chunk_rows", lambda elements: 7)
 
     def repaired(permutations):
         sizes.clear()
-        found = module._repaired(run, first, second, value, ["all"] * 60, permutations, np.random.default_rng(0))
+        found = module._repaired(run, pairs, permutations, np.random.default_rng(0))
         return found, sum(sizes)
 
     (few, cost), (many, every) = repaired(5), repaired(80)
@@ -147,3 +165,37 @@ def test_pairs_of_other_sizes_are_refused():
     run.documents["pair"] = None
     with pytest.raises(ValueError, match="got none"):
         analysis.pairwise(run)
+
+
+def streams(rng, pairs, lengths, stays, alike=True):
+    """A world of documents of token types, each of which repeats the one before with the probability `stays`."""
+    world = World()
+    tasks = [world.task(number, 0.0 if alike else 1.0) for number in range(2)]
+    docs = []
+    for number in range(2 * pairs):
+        n = int(np.exp(rng.uniform(*np.log(lengths))))
+        drawn = rng.choice(len(world.base), n, p=tasks[number % 2])
+        last = np.maximum.accumulate(np.where(rng.random(n) < stays, 0, np.arange(n)))
+        docs.append(drawn[last])
+    return world.written(docs, pair=[f"p{number // 2}" for number in range(2 * pairs)], task=["t"] * (2 * pairs))
+
+
+@pytest.mark.parametrize("stays", [0.0, 0.5, 0.9])
+def test_stretches_of_one_stream_do_not_differ(stays):
+    """Tokens that hang together are no difference of routing, with ids or without."""
+    rng, above, alone = np.random.default_rng(12), [], []
+    for _ in range(12):
+        run = streams(rng, 40, (50, 800), stays)
+        row = analysis.pairwise(run, by=None, permutations=0, average=True).iloc[-1]
+        above.append(row["low"] > 0)
+        run.record = ()
+        row = analysis.pairwise(run, by=None, permutations=0, average=True).iloc[-1]
+        alone.append(row["low"] > 0)
+    assert np.mean(above) <= 0.2
+    assert np.mean(alone) <= 0.2
+    assert row["corrected"] > 0.02 or stays == 0  # of counts alone: too high
+
+
+def test_streams_that_differ_are_told():
+    row = analysis.pairwise(streams(np.random.default_rng(13), 40, (50, 800), 0.5, alike=False), by=None).iloc[-1]
+    assert row["low"] > 0

@@ -66,7 +66,7 @@ def test_coactivation_table(run):
         assert row.lift == pytest.approx(both[row.a, row.b] * n / (both[row.a, row.a] * both[row.b, row.b]))
     few = analysis.coactivation(run, top=4)
     assert (few.groupby("layer").size() == 4).all()
-    assert (few["lift"] > few["lift_uniform"]).all()
+    assert (few["lift_choice"] > few["lift_uniform"]).all()
 
 
 def test_lift_of_even_independent_routing_is_as_stated():
@@ -104,6 +104,26 @@ def test_flow_against_brute_force(run):
         assert part["lift"].to_numpy() == pytest.approx((part["probability"] / part["expected"]).to_numpy())
     with pytest.raises(ValueError, match="at least two"):
         analysis.flow(run, layers=[3])
+
+
+@pytest.mark.parametrize("measure", [analysis.flow, analysis.coactivation])
+def test_the_largest_of_many_are_measured_where_they_were_not_chosen(measure):
+    """Even, independent picks: the half that chose says otherwise, the other half does not."""
+    table = measure(routed(np.random.default_rng(3), docs=40, tokens=100, experts=32, skew=0.0))
+    null = table.get("lift_uniform", 1.0)
+    assert (table["lift_choice"] > 1.1 * null).mean() > 0.95
+    assert ((table["lift_low"] <= null) & (null <= table["lift_high"])).mean() > 0.9
+    assert abs((table["lift"] / null).mean() - 1) < 0.05
+
+
+def test_copies_of_a_text_choose_nothing_for_each_other():
+    run = routed(np.random.default_rng(4), docs=12, experts=32, skew=0.0)
+    run.documents["text_hash"] = ["a", "b"] + ["c"] * 10
+    module = importlib.import_module("omnigene_fast.analysis.coactivation")
+    assert len(np.unique(module._originals(run))) == 3
+    few = analysis.flow(routed(np.random.default_rng(4), docs=3))
+    assert few["lift_low"].isna().all()
+    assert few["p_value"].isna().all()
 
 
 def test_layers_out_of_order_give_another_flow(run):
