@@ -102,11 +102,12 @@ def accelerate(
         )
     for module in experts:
         activation_of(module)
+    scales = {} if experts_dtype is None else lowbit.plan(model, experts, experts_dtype)
+    for module in experts:
         check_weights(module, module.gate_up_proj, module.down_proj)
     routers = [module for module in model.modules() if gemma4.is_router(module)]
     slots = [gemma4.forward_slot(router) for router in routers]
     wrappers = [module for module in model.modules() if peft.is_wrapper(module)]
-    scales = {} if experts_dtype is None else lowbit.plan(model, experts, experts_dtype)
 
     # Every check is behind us: nothing below this line can fail half way (but memory can run out in `store`, which is
     # last and leaves a model that runs).
