@@ -82,10 +82,12 @@ def experts_forward(
         return _stock_forward(self, hidden_states, top_k_index, top_k_weights)
     gate_up_proj, gate_up_lora = _projection(self, "gate_up_proj", lora)
     down_proj, down_lora = _projection(self, "down_proj", lora)
-    check_weights(self, gate_up_proj, down_proj)
-    record, dtype = self.__dict__.get(RECORD, UNTOUCHED), gate_up_proj.dtype
+    record = self.__dict__.get(RECORD, UNTOUCHED)
     gate_up_scale = down_scale = None
-    if lowbit.bits(self) is not None:
+    if lowbit.bits(self) is None:
+        check_weights(self, gate_up_proj, down_proj)
+        dtype = gate_up_proj.dtype
+    else:
         lowbit.check_not_offloaded(self)
         dtype = lowbit.compute_dtype(self)
         gate_up_proj, gate_up_scale = lowbit.stored(self, "gate_up_proj")
@@ -145,7 +147,7 @@ def _projection(experts: Any, name: str, lora: Mapping[str, Sequence[Factors]] |
             weight = steps.original
             pairs += [(scaled(step.lhs, step.scaling), step.rhs) for step in steps]
     if weight is None:
-        weight = getattr(experts, name)
+        weight = getattr(experts, name) if lowbit.bits(experts) is None else lowbit.codes(experts, name)
     if not pairs:
         return weight, None
     if len(pairs) == 1:
@@ -174,11 +176,13 @@ def implementation(module: Any) -> str | None:
 def check_weights(experts: nn.Module, *weights: Any) -> None:
     """ValueError if the experts are stored in what these operators cannot compute in: a dtype, or another tool's
     tensors, which look like floating ones (torchao)."""
+    if lowbit.bits(experts) is not None:
+        return
     for name, weight in zip(lowbit.PROJECTIONS, weights, strict=False):
         kind = type(weight)
         if kind not in _PLAIN and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not _is_known(kind):
             raise _refusal(experts, f"its {name} is a {kind.__name__}, which another tool quantises or packs")
-        if weight.dtype not in ops.DTYPES and lowbit.bits(experts) is None:
+        if weight.dtype not in ops.DTYPES:
             raise _refusal(experts, f"its {name} is stored as {weight.dtype}")
 
 

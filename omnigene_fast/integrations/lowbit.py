@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tqdm import tqdm
 
 from .. import lowbit, ops
+from . import rounded
 
 logger = logging.getLogger("omnigene_fast")
 
@@ -52,9 +53,38 @@ def compute_dtype(experts: Any) -> torch.dtype:
 
 def stored(experts: Any, name: str) -> tuple[Tensor, Tensor]:
     """A projection as `ops.expert_mlp` takes it: [E, rows, columns] int8 or float8_e4m3fn, and [E, rows] float32."""
-    weight, scale = getattr(experts, name), getattr(experts, _SCALES[name])
-    # Views of the same bytes: nothing is copied.
+    weight, scale = _plain(experts, name)  # nothing is copied
     return weight if weight.dtype == torch.int8 else weight.view(torch.float8_e4m3fn), scale.view(torch.float32)
+
+
+def codes(experts: Any, name: str) -> Tensor:
+    """The stored bits of a projection as the parameter holds them: [E, rows, columns] int8 or uint8."""
+    return _plain(experts, name)[0]
+
+
+def _plain(experts: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Codes and the bits of the scales [E, rows] of a projection as plain tensors, but for a sharded parameter."""
+    known = experts.__dict__.get(rounded.CODES, {})
+    found: tuple[Tensor, Tensor] | None = known.get(_SCALES[name])
+    if torch.compiler.is_compiling() and found is not None:
+        return found
+    weight, scales = experts._parameters.get(name), getattr(experts, _SCALES[name])
+    if isinstance(weight, rounded.Rounded) and not isinstance(weight, rounded.RoundedParameter):
+        weight = experts._parameters[name] = nn.Parameter(rounded.plain(weight), requires_grad=False)
+    if type(weight) is nn.Parameter:  # a tool has made it anew
+        rounded.bind(weight, experts, _SCALES[name], _DTYPE, experts.__dict__[BITS].format, scales)
+        return known[_SCALES[name]]
+    scale = rounded.plain(scales)
+    if isinstance(weight, rounded.RoundedParameter):
+        codes = rounded.plain(weight)
+    elif weight is None and found is not None:  # parametrised
+        codes = found[0]
+    else:  # sharded, or fake
+        known.pop(_SCALES[name], None)
+        return getattr(experts, name), scale
+    if found is None or scale.data_ptr() != found[1].data_ptr():
+        known[_SCALES[name]] = codes, scale
+    return codes, scale
 
 
 def check_not_offloaded(experts: nn.Module) -> None:
@@ -183,11 +213,17 @@ def _store(module: Any, scales: Sequence[Tensor], format: str) -> None:
     module.register_buffer(_DTYPE, weights[0].new_zeros(1), persistent=False)
     module.__dict__[BITS] = Bits(format, (weights[0].requires_grad, weights[1].requires_grad))
     for name, weight, scale, low in zip(PROJECTIONS, weights, scales, made, strict=True):
-        module.register_buffer(_SCALES[name], scale.view(torch.int32), persistent=False)
+        module.register_buffer(_SCALES[name], _scales(scale), persistent=False)
         weight.requires_grad_(False)
         weight.data = low if low.dtype == torch.int8 else low.view(torch.uint8)  # the same Parameter, other data
+        rounded.bind(weight, module, _SCALES[name], _DTYPE, format, getattr(module, _SCALES[name]))
     module.register_state_dict_post_hook(_write)
     module.register_load_state_dict_pre_hook(_read)
+
+
+def _scales(scale: Tensor) -> Tensor:
+    # Not of a fake tensor, which has a class of its own.
+    return scale.view(torch.int32).as_subclass(rounded.Scales) if type(scale) is Tensor else scale.view(torch.int32)
 
 
 @torch.no_grad()
@@ -204,11 +240,13 @@ def thaw(module: Any, *, frozen: bool = False) -> None:
     dtype = compute_dtype(module)
     made = [lowbit.dequantise(*stored(module, name), dtype) for name in PROJECTIONS]
     for name, weight, required in zip(PROJECTIONS, made, present.requires_grad, strict=True):
+        rounded.unbind(module._parameters[name])
         module._parameters[name].data = weight
         module._parameters[name].requires_grad_(required and not frozen)
         delattr(module, _SCALES[name])
     delattr(module, _DTYPE)
     del module.__dict__[BITS]
+    module.__dict__.pop(rounded.CODES, None)
     for hooks, ours in ((module._state_dict_hooks, _write), (module._load_state_dict_pre_hooks, _read)):
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is ours]:
             del hooks[key]
@@ -302,9 +340,9 @@ def _read(
             continue
         state_dict[key] = low if low.dtype == torch.int8 else low.view(torch.uint8)
         if assign:
-            setattr(module, _SCALES[name], scale.view(torch.int32))
+            setattr(module, _SCALES[name], _scales(scale))
         else:
-            getattr(module, _SCALES[name]).copy_(scale.view(torch.int32))
+            rounded.rows_of(getattr(module, _SCALES[name])).copy_(scale)
 
 
 def _progress(modules: Sequence[Any], what: str) -> Iterator[Any]:

@@ -145,7 +145,7 @@ def _factors(wrapper: Any) -> list[Factors] | None:
     if wrapper.parameter_name not in ("gate_up_proj", "down_proj"):
         return None
     low = lowbit.bits(experts) is not None
-    weight, pairs = wrapper.get_param(), []
+    weight, pairs = lowbit.codes(experts, wrapper.parameter_name) if low else wrapper.get_param(), []
     dtype = lowbit.compute_dtype(experts) if low else weight.dtype
     for adapter in wrapper.active_adapters:
         if adapter in wrapper.lora_A:
