@@ -163,7 +163,7 @@ def _ours(op: str, layer: Layer, backend: str) -> Provider:
 
 def trace_buffers(layer: Layer, tokens: int) -> ops.TraceBuffers:
     """Empty buffers for the decisions of `tokens` tokens."""
-    kind = torch.uint8 if layer.shape.E <= 255 else torch.int16
+    kind = torch.uint8 if layer.shape.E <= 254 else torch.int16
     ids = torch.empty(tokens, layer.shape.K, dtype=kind, device=layer.device)
     weights = torch.empty(ids.shape, dtype=torch.float16, device=layer.device)
     return ops.TraceBuffers(ids, weights, weights.new_empty(tokens, 3))

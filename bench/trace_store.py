@@ -63,7 +63,7 @@ def main() -> None:
 def make_pool(layers: int, experts: int, top_k: int) -> NDArray[np.uint8 | np.uint16]:
     """[L, POOL, K] ids whose experts differ in popularity, by the Gumbel trick: top-K of noise and a bias per layer."""
     rng = np.random.default_rng(0)
-    pool = np.empty((layers, POOL, top_k), np.uint8 if experts <= 255 else np.uint16)
+    pool = np.empty((layers, POOL, top_k), np.uint8 if experts <= 254 else np.uint16)
     for layer in tqdm(pool, "making", unit="layer"):
         bias = rng.normal(0, 1.2, experts).astype(np.float32)
         noise = np.maximum(rng.standard_exponential((POOL, experts), np.float32), 1e-30)

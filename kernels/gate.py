@@ -20,7 +20,7 @@ logits; `tiles.route_tile` picks the form and says by which prediction.
 | weights       | [T, K] | fp32            | top-k probabilities, divided by their sum, times the per-expert scale  |
 | index         | [T, K] | int64           | expert ids by falling probability; equal ones by rising id             |
 
-A token whose logits hold a NaN or +Inf gets NaN weights and the ids 0..K-1: valid and distinct.
+A token whose logits hold a NaN or +Inf gets NaN weights and the ids 0..K-1: valid and distinct; a trace gets -2.
 
 A trace is written where the decision is made, by the same launch: `TraceBuffers`, row t for token t, no other row.
 Without one the pointers are None, a compile-time constant: the kernel is the one without the stores.

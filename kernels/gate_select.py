@@ -80,7 +80,8 @@ def select_and_store(
     tl.store(index_ptr + row * top_k + slot, index.to(tl.int64), mask=inside & chosen)
 
     if trace_ids_ptr is not None:
-        trace_id = index.to(trace_ids_ptr.dtype.element_ty)
+        # -2 stands for a NaN row, whose experts nobody chose.
+        trace_id = tl.where(total == total, index, -2).to(trace_ids_ptr.dtype.element_ty)
         tl.store(trace_ids_ptr + row * top_k + slot, trace_id, mask=inside & chosen)
     if trace_weights_ptr is not None:
         tl.store(trace_weights_ptr + row * top_k + slot, round_to(weight, tl.float16), mask=inside & chosen)

@@ -76,16 +76,16 @@ def check_backend(backend: str) -> None:
 def check_trace(trace: TraceBuffers, rows: Tensor, top_k: int, E: int) -> None:
     if not isinstance(trace, TraceBuffers):
         raise TypeError(f"trace: expected TraceBuffers or None, got {type(trace).__name__}.")
-    id_dtype = torch.uint8 if E <= 255 else torch.int16
-    for name, buffer, width, dtype in (
-        ("ids", trace.ids, top_k, id_dtype),
-        ("weights", trace.weights, top_k, torch.float16),
-        ("stats", trace.stats, 3, torch.float16),
+    id_dtypes = (torch.uint8, torch.int16) if E <= 254 else (torch.int16,)
+    for name, buffer, width, dtypes in (
+        ("ids", trace.ids, top_k, id_dtypes),
+        ("weights", trace.weights, top_k, (torch.float16,)),
+        ("stats", trace.stats, 3, (torch.float16,)),
     ):
         if buffer is None and name != "ids":
             continue
         buffer = cast(Tensor, buffer)  # or it is refused
-        check_tensor(f"trace.{name}", buffer, f"[T_max, {width}]", 2, device=rows.device, dtypes=(dtype,))
+        check_tensor(f"trace.{name}", buffer, f"[T_max, {width}]", 2, device=rows.device, dtypes=dtypes)
         if buffer.shape[0] < rows.shape[0] or buffer.shape[1] != width or not buffer.is_contiguous():
             raise ValueError(
                 f"trace.{name}: expected contiguous [T_max, {width}] with T_max >= {rows.shape[0]}, got shape"

@@ -53,8 +53,9 @@ def route(
         numerics: "hf" rounds where transformers rounds and so routes as the stock model does; "fp32" keeps float32.
         backend: "auto", "cpu", "triton" or "reference"; an explicit one never falls back.
         trace: buffers of at least T rows that the decision is written into as well, where it is made: ids [T_max, K]
-            uint8 (E <= 255) or int16 with the bits of uint16, weights [T_max, K] float16 or None, stats [T_max, 3]
-            float16 or None: entropy of the softmax in nats, sum of the chosen probabilities, p_K - p_(K+1).
+            uint8 (E <= 254) or int16 with the bits of uint16, weights [T_max, K] float16 or None, stats [T_max, 3]
+            float16 or None: entropy of the softmax in nats, sum of the chosen probabilities, p_K - p_(K+1). All ids of
+            a token whose probabilities are NaN are written as -2: 254, or 65534.
 
     Returns:
         probabilities [T, E] float32, weights [T, K] float32, index [T, K] int64 (float64 inputs: float64). Equal

@@ -138,9 +138,14 @@ def record(
     half_weights: Tensor | None,
     stats: Tensor | None,
 ) -> None:
-    """Write a router's decision for T tokens into the first T rows of a trace's buffers (`backends.TraceBuffers`)."""
+    """Write a router's decision for T tokens into the first T rows of a trace's buffers (`backends.TraceBuffers`).
+
+    A token whose probabilities are not finite was not routed: its experts are what a sort makes of NaN, and -2 is
+    written in their place.
+    """
     T = index.shape[0]
-    ids[:T] = index.to(ids.dtype)
+    routed = probabilities.isfinite().all(-1, keepdim=True)
+    ids[:T] = torch.where(routed, index, -2).to(ids.dtype)
     if half_weights is not None:
         half_weights[:T] = weights
     if stats is not None:

@@ -14,7 +14,7 @@ UNUSED = -1  # as int16 the bits of 65535; as uint8 255
 
 
 def buffers(T_max: int, K: int, E: int, kinds: tuple[str, ...] = ("weights", "stats")) -> TraceBuffers:
-    ids = torch.full((T_max, K), 255 if E <= 255 else UNUSED, dtype=torch.uint8 if E <= 255 else torch.int16)
+    ids = torch.full((T_max, K), 255 if E <= 254 else UNUSED, dtype=torch.uint8 if E <= 254 else torch.int16)
     weights = torch.full((T_max, K), -7.0, dtype=torch.float16) if "weights" in kinds else None
     stats = torch.full((T_max, 3), -7.0, dtype=torch.float16) if "stats" in kinds else None
     return TraceBuffers(ids, weights, stats)
@@ -40,7 +40,7 @@ def true_statistics(probabilities: Tensor, K: int) -> Tensor:
 
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("E", "K"), [(6, 1), (6, 6), (128, 8), (255, 8), (256, 8), (257, 3), (512, 8)])
+@pytest.mark.parametrize(("E", "K"), [(6, 1), (6, 6), (128, 8), (254, 8), (255, 8), (256, 8), (257, 3), (512, 8)])
 @pytest.mark.parametrize("T", [1, 7, 65])
 def test_records_what_it_returns(E, K, T, dtype, backend):
     hidden, arguments = case(E, K, T, dtype)
@@ -50,7 +50,7 @@ def test_records_what_it_returns(E, K, T, dtype, backend):
     assert torch.equal(trace.weights[:T], weights.half())
     expected = true_statistics(probabilities, K)
     assert (trace.stats[:T].double() - expected).abs().max() <= 2e-3 * expected.abs().max()
-    assert (as_ids(trace.ids[T:]) == (255 if E <= 255 else 65535)).all(), "rows past T were written"
+    assert (as_ids(trace.ids[T:]) == (255 if E <= 254 else 65535)).all(), "rows past T were written"
     assert (trace.weights[T:] == -7).all()
     assert (trace.stats[T:] == -7).all()
 
@@ -92,15 +92,25 @@ def test_minus_infinity_among_the_logits(backend):
     assert (trace.stats.double() - expected).abs().max() < 2e-3
 
 
-def test_a_poisoned_token_is_recorded_as_such():
-    logits = torch.randn(3, 20)
-    logits[1, 4] = torch.nan
-    trace = buffers(3, 4, 20)
-    ops.topk_gate(logits, torch.ones(20), top_k=4, backend=backend_params()[1].values[0], trace=trace)
-    assert trace.weights[1].isnan().all()
-    assert trace.stats[1].isnan().all()
-    assert trace.ids[1].unique().numel() == 4
-    assert trace.weights[[0, 2]].isfinite().all()
+@backends
+@pytest.mark.parametrize(("E", "code"), [(20, 254), (254, 254), (255, 65534), (300, 65534)])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kinds", [(), ("weights", "stats")])
+def test_a_poisoned_token_is_recorded_as_such(kinds, poison, E, code, backend):
+    """No expert's id, and none that says "not written"; what the gate returns is as it was."""
+    logits = torch.randn(3, E)
+    logits[1, 4] = poison
+    trace = buffers(3, 4, E, kinds)
+    _, weights, index = ops.topk_gate(logits, torch.ones(E), top_k=4, backend=backend, trace=trace)
+    assert as_ids(trace.ids[1]).tolist() == [code] * 4
+    assert torch.equal(as_ids(trace.ids[[0, 2]]), index[[0, 2]])
+    assert weights[1].isnan().all()
+    assert ((index[1] >= 0) & (index[1] < E)).all()
+    assert index[1].unique().numel() == 4
+    if kinds:
+        assert trace.weights[1].isnan().all()
+        assert trace.stats[1].isnan().all()
+        assert trace.weights[[0, 2]].isfinite().all()
 
 
 @backends
@@ -152,7 +162,7 @@ def test_compiled_fullgraph_with_gradients(backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ids": torch.zeros(4, 2, dtype=torch.int64)}, "trace.ids: expected dtype uint8, got int64"),
+        ({"ids": torch.zeros(4, 2, dtype=torch.int64)}, "trace.ids: expected dtype uint8, int16, got int64"),
         ({"ids": torch.zeros(3, 2, dtype=torch.uint8)}, r"T_max >= 4, got shape \[3, 2\]"),
         ({"ids": torch.zeros(4, 4, dtype=torch.uint8)[:, ::2]}, "expected contiguous"),
         ({"weights": torch.zeros(4, 2)}, "trace.weights: expected dtype float16, got float32"),
@@ -165,10 +175,21 @@ def test_wrong_buffers_are_refused_in_a_sentence(change, message):
         ops.topk_gate(torch.randn(4, 6), torch.ones(6), top_k=2, trace=trace)
 
 
-def test_more_than_255_experts_need_wide_ids():
-    """29: prime-rl #3051 kept the ids of more than 256 experts in uint8; 255 is no expert's here."""
-    for E, wrong in ((255, torch.int16), (256, torch.uint8), (257, torch.uint8), (512, torch.uint8)):
-        trace = TraceBuffers(torch.zeros(4, 2, dtype=wrong))
+@backends
+def test_wide_ids_may_hold_few_experts(backend):
+    """The layer of a model of which another one has more experts."""
+    logits = torch.randn(4, 20)
+    logits[1, 3] = torch.nan
+    trace = TraceBuffers(torch.full((4, 2), UNUSED, dtype=torch.int16))
+    _, _, index = ops.topk_gate(logits, torch.ones(20), top_k=2, trace=trace, backend=backend)
+    index[1] = 65534
+    assert torch.equal(as_ids(trace.ids), index)
+
+
+def test_more_than_254_experts_need_wide_ids():
+    """29: prime-rl #3051 kept the ids of more than 256 experts in uint8; 254 and 255 are no expert's here."""
+    for E in (255, 256, 512):
+        trace = TraceBuffers(torch.zeros(4, 2, dtype=torch.uint8))
         with pytest.raises(TypeError, match=r"trace\.ids: expected dtype"):
             ops.topk_gate(torch.randn(4, E), torch.ones(E), top_k=2, trace=trace)
 

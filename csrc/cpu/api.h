@@ -48,6 +48,8 @@ struct ExpertGradArgs {
   void *d_gate_up_lhs, *d_gate_up_rhs, *d_down_lhs, *d_down_rhs;
 };
 
+constexpr int64_t UNROUTED = -2;  // all ids that a trace gets of a token whose probabilities are NaN
+
 // Where a gate writes its decisions, row t for token t. A null ids: nowhere.
 struct TraceArgs {
   void* ids;          // [T_max, K] of id_bytes each
@@ -130,8 +132,8 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
 
-// Adds to out[slot[t], id] for the picks ids[t, :] of n tokens, rows of out_stride. Returns the first id that is no
-// expert, or -1.
+// Adds to out[slot[t], id] for the picks ids[t, :] of n tokens, rows of out_stride; UNROUTED counts for no expert.
+// Returns an id that is no expert, or -1.
 int64_t count_picks(const void* ids, int id_bytes, const int64_t* slot, int64_t n, int64_t K, int64_t E, int32_t* out,
                     int64_t out_stride);
 

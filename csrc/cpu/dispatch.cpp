@@ -96,9 +96,21 @@ namespace {
 template <class Id>
 int64_t count_picks_of(const Id* ids, const int64_t* slot, int64_t n, int64_t K, int64_t E, int32_t* out,
                        int64_t out_stride) {
+  constexpr Id unrouted = Id(UNROUTED);
   Id top = 0;
-  for (int64_t i = 0; i < n * K; ++i) top = ids[i] > top ? ids[i] : top;
+  bool whole = true;
+  for (int64_t i = 0; i < n * K; ++i) {
+    const bool expert = ids[i] != unrouted;
+    whole &= expert;
+    top = expert && ids[i] > top ? ids[i] : top;
+  }
   if (n * K && top >= E) return top;
+  if (!whole) {  // seldom, so simply
+    for (int64_t t = 0; t < n; ++t)
+      for (int64_t k = 0; k < K; ++k)
+        if (ids[t * K + k] != unrouted) ++out[slot[t] * out_stride + ids[t * K + k]];
+    return -1;
+  }
   // Of a run of tokens of one slot two are counted at a time, into two tables, so that a token that repeats the experts
   // of the one before does not wait for its additions.
   std::vector<int32_t> twin(E, 0);

@@ -12,15 +12,13 @@ namespace omnigene {
 namespace {
 
 // Writes what a token's gate decided into row t of the trace.
-inline void record(const TraceArgs& trace, int64_t t, int64_t K, const int64_t* index, const float* weights,
-                   const float* stats) {
-  if (trace.id_bytes == 1) {
-    uint8_t* ids = static_cast<uint8_t*>(trace.ids) + t * K;
-    for (int64_t k = 0; k < K; ++k) ids[k] = uint8_t(index[k]);
-  } else {
-    uint16_t* ids = static_cast<uint16_t*>(trace.ids) + t * K;
-    for (int64_t k = 0; k < K; ++k) ids[k] = uint16_t(index[k]);
-  }
+inline void record(const TraceArgs& trace, int64_t t, int64_t K, bool routed, const int64_t* index,
+                   const float* weights, const float* stats) {
+  auto write = [&](auto* ids) {
+    for (int64_t k = 0; k < K; ++k) ids[t * K + k] = routed ? index[k] : UNROUTED;
+  };
+  if (trace.id_bytes == 1) write(static_cast<uint8_t*>(trace.ids));
+  else write(static_cast<uint16_t*>(trace.ids));
   if (trace.weights)
     for (int64_t k = 0; k < K; ++k) trace.weights[t * K + k] = round_to(weights[k], static_cast<f16*>(nullptr)).bits;
   if (trace.stats)
@@ -29,8 +27,8 @@ inline void record(const TraceArgs& trace, int64_t t, int64_t K, const int64_t* 
 
 // softmax of logits[E] into probabilities[E], then the K largest, equals by lowest id. Both logits and `room` have
 // round_up(E, W) floats of space, `room` as many again for one maximum per vector. stats: null, or three floats as in
-// TraceArgs.
-inline void select_experts(float* logits, int64_t E, int64_t K, const float* per_expert_scale, float* probabilities,
+// TraceArgs. Whether the row was routed: false where a logit was NaN or +Inf.
+inline bool select_experts(float* logits, int64_t E, int64_t K, const float* per_expert_scale, float* probabilities,
                            float* weights, int64_t* index, float* room, float* stats) {
   const int64_t vectors = ceil_div(E, W), padded = vectors * W;
   float* top = room + padded;
@@ -52,7 +50,7 @@ inline void select_experts(float* logits, int64_t E, int64_t K, const float* per
       weights[k] = NAN;
     }
     if (stats) stats[0] = stats[1] = stats[2] = NAN;
-    return;
+    return false;
   }
   if (stats) {
     // ln p = (logit - largest) - ln sum, so one logarithm serves all; where p is 0 the logit may be -Inf.
@@ -84,6 +82,7 @@ inline void select_experts(float* logits, int64_t E, int64_t K, const float* per
     stats[2] = weights[K - 1] - (next > 0.0f ? next : 0.0f);  // -1 marks what was chosen
   }
   for (int64_t k = 0; k < K; ++k) weights[k] = weights[k] / selected * per_expert_scale[index[k]];
+  return true;
 }
 
 // select_experts for token t of a call, with its record.
@@ -92,9 +91,9 @@ inline void select_token(const Args& g, int64_t t, float* logits, const float* p
   float stats[3];
   int64_t* index = g.index + t * g.K;
   float* weights = g.weights + t * g.K;
-  select_experts(logits, g.E, g.K, per_expert_scale, g.probabilities + t * g.E, weights, index, room,
-                 g.trace.ids && g.trace.stats ? stats : nullptr);
-  if (g.trace.ids) record(g.trace, t, g.K, index, weights, stats);
+  const bool routed = select_experts(logits, g.E, g.K, per_expert_scale, g.probabilities + t * g.E, weights, index,
+                                     room, g.trace.ids && g.trace.stats ? stats : nullptr);
+  if (g.trace.ids) record(g.trace, t, g.K, routed, index, weights, stats);
 }
 
 template <class T>

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from .groups import RunLike, label_column, weights_of
-from .tokens import Rows, layer_groups, no_tokens, one_hot
+from .tokens import Rows, chosen_layers, layer_groups, no_tokens, one_hot
 from .weights import View
 
 logger = logging.getLogger("omnigene_fast")
@@ -50,6 +50,7 @@ def given_tokens(run: RunLike, by: str = "task", *, position: bool = False) -> G
         raise ValueError(
             "run: expected a run as it was opened, got a view of it; given_tokens weighs documents itself."
         )
+    chosen_layers(run, list(run.layers))  # all of them have experts for every token
     labels, rows = label_column(run, by), Rows.of(run)
     names = sorted({label for label in labels if label is not None})
     group = np.array([-1 if label is None else names.index(label) for label in labels])

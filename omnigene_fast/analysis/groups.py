@@ -88,7 +88,12 @@ class Groups:
 
 
 def group(
-    run: RunLike, by: str | None, minimum: int = 1, most: int | None = None, hashes: "pandas.Series | None" = None
+    run: RunLike,
+    by: str | None,
+    minimum: int = 1,
+    most: int | None = None,
+    hashes: "pandas.Series | None" = None,
+    varying: bool = False,
 ) -> Groups:
     """The groups of a run.
 
@@ -98,10 +103,15 @@ def group(
         minimum: how many groups the measure needs.
         most: how many it can take, `MOST_GROUPS` where it compares every two.
         hashes: of the documents' texts, if other ones than the run's.
+        varying: the measure knows of layers with fewer experts than others.
 
     Raises:
-        ValueError: no such label, too few or too many groups, or a group without a pick in some layer.
+        ValueError: no such label, layers with different numbers of experts, too few or too many groups, or a group
+            without a pick in a layer where others have some. A layer without any, since its router gave NaN, is left
+            out with a warning.
     """
+    if not varying:
+        check_equal_experts(run)
     if getattr(run, "given", by) != by:
         raise ValueError(f"by: expected the label {run.given!r} of given_tokens, got {by!r}.")  # type: ignore[attr-defined]
     counts, documents = run.counts, run.documents
@@ -126,6 +136,12 @@ def group(
     hashes = documents.get("text_hash") if hashes is None else hashes
     if hashes is not None:
         rows, counts = _without_copies(rows, counts, hashes.to_numpy(object), str(run.name))
+    layers = [int(layer) for layer in run.layers]
+    routed = np.any([counts[one].any(axis=(0, 2)) for one in rows], axis=0)
+    if not routed.all():
+        gone = tuple(layer for layer, kept in zip(layers, routed.tolist(), strict=True) if not kept)
+        say_that_layers_are_left_out(str(run.name), gone)
+        layers, counts = [layer for layer in layers if layer not in gone], counts[:, routed]
     if weights_of(run) == "documents":
         counts = _alike(rows, counts)
     sums = np.stack([total(counts[one], 0).astype(np.float64) for one in rows])
@@ -133,9 +149,9 @@ def group(
     if len(empty):
         raise ValueError(
             f"run: expected picks of every group in every layer, got none of {names[empty[0][0]]!r} in layer"
-            f" {list(run.layers)[empty[0][1]]}."
+            f" {layers[empty[0][1]]}."
         )
-    return Groups(names, rows, counts, sums, [int(layer) for layer in run.layers], int(run.top_k))
+    return Groups(names, rows, counts, sums, layers, int(run.top_k))
 
 
 def _without_copies(
@@ -184,6 +200,31 @@ def _say_that_copies_count_once(name: str, copies: int) -> None:
         copies,
         name,
     )
+
+
+@functools.cache
+def say_that_layers_are_left_out(name: str, layers: tuple[int, ...]) -> None:
+    """Warn, once for a run and its layers."""
+    logger.warning(
+        "analysis: layers %s of run %r are left out: their routers gave NaN, so some or all tokens have no experts.",
+        ", ".join(map(str, layers)),
+        name,
+    )
+
+
+def experts_by_layer(run: RunLike) -> list[int]:
+    """[L] experts of each layer of a run."""
+    return list(getattr(run, "experts_by_layer", [run.num_experts] * len(run.layers)))
+
+
+def check_equal_experts(run: RunLike) -> None:
+    """ValueError for a run whose layers have different numbers of experts: absent ones would pass for unused ones."""
+    experts = experts_by_layer(run)
+    if len(set(experts)) > 1:
+        raise ValueError(
+            f"run: expected the same number of experts in every layer of {run.name!r}, got {experts}; analysis.load"
+            " and Run.counts tell such layers apart."
+        )
 
 
 def share_variances(groups: Groups, predicted: NDArray[np.float64]) -> NDArray[np.float64]:

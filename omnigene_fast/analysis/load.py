@@ -1,12 +1,14 @@
 """How evenly the experts of a layer are used."""
 
+from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .entropy import shannon
-from .groups import Groups, RunLike, group, share_variances
+from .groups import Groups, RunLike, experts_by_layer, group, share_variances
 from .resampling import Jackknife, quantile
 
 if TYPE_CHECKING:
@@ -41,9 +43,9 @@ def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
     """
     import pandas as pd
 
-    groups = group(run, by)
+    every = group(run, by, varying=True)
     frames = []
-    for g, name in enumerate(groups.names):
+    for (g, name), groups in product(enumerate(every.names), _by_experts(run, every)):
         whole, experts = groups.sums[g], groups.sums.shape[-1]
         estimates = _estimates(groups, g)  # each [L, 5]
         tokens = whole.sum(-1) / groups.top_k
@@ -67,9 +69,22 @@ def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
             for measure, column in zip(MEASURES, values.T, strict=True):
                 columns[measure + name] = column
         frames.append(pd.DataFrame(columns))
-    table = pd.concat(frames, ignore_index=True)
+    table = pd.concat(frames).sort_values(["group", "layer"], kind="stable", ignore_index=True)
     first = ["group", "layer", "picks", "tokens", "docs"]
     return table[first + [name for name in table.columns if name not in first]]
+
+
+def _by_experts(run: RunLike, groups: Groups) -> list[Groups]:
+    """The layers of `groups` by their number of experts, without the columns of absent ones."""
+    of = dict(zip(map(int, run.layers), experts_by_layer(run), strict=True))
+    experts = np.array([of[layer] for layer in groups.layers])
+    parts = []
+    for E in np.unique(experts).tolist():
+        here = experts == E
+        layers = [layer for layer in groups.layers if of[layer] == E]
+        counts, sums = groups.counts[:, here, :E], groups.sums[:, here, :E]
+        parts.append(replace(groups, counts=counts, sums=sums, layers=layers))
+    return parts
 
 
 def balance(counts: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from .divergence import with_mean
 from .groups import RunLike, check_permutations, check_unit, chunk_rows, label_column
 from .null import entropy
 from .resampling import Jackknife, p_value
-from .tokens import Rows, layer_groups
+from .tokens import Rows, chosen_layers, layer_groups
 
 if TYPE_CHECKING:
     import pandas
@@ -69,6 +69,7 @@ def pairwise(
     """
     import pandas as pd
 
+    chosen_layers(run, list(run.layers))  # all of them have experts for every token
     unit = check_unit(base)
     check_permutations(permutations)
     first, second, stratum = _pairs(run, by_pair, by)

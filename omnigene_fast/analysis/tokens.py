@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ..tracing.records import Records
 from ..tracing.whole import concatenate
-from .groups import RunLike
+from .groups import RunLike, check_equal_experts, say_that_layers_are_left_out
 
 BLOCKS = 20  # of documents; where a table has E x E cells, one block is left out at a time instead of one document
 BATCH = 1 << 14  # tokens that are compared at once
@@ -43,10 +43,24 @@ class Rows:
 
 
 def chosen_layers(run: RunLike, layers: Sequence[int] | None) -> list[int]:
-    """Decoder indices in recorded order; ValueError for one that was not recorded."""
+    """Decoder indices in recorded order, by default of all layers that chose experts for every token.
+
+    Raises:
+        ValueError: a layer that was not recorded or, asked for or with no other left, whose router gave NaN.
+    """
+    check_equal_experts(run)
     recorded = [int(layer) for layer in run.layers]
+    lost = getattr(run, "unrouted", np.zeros(len(recorded), np.int64))
+    gone = tuple(layer for layer, count in zip(recorded, lost, strict=True) if count)
+    if gone and (len(gone) == len(recorded) or set(layers or ()) & set(gone)):
+        raise ValueError(
+            f"layers: expected layers whose routers chose experts for every token, got NaN in {list(gone)} of"
+            f" {run.name!r}; choose other layers."
+        )
     if layers is None:
-        return recorded
+        if gone:
+            say_that_layers_are_left_out(str(run.name), gone)
+        return [layer for layer in recorded if layer not in gone]
     unknown = [layer for layer in layers if layer not in recorded]
     if unknown:
         raise ValueError(f"layers: expected decoder indices among {recorded}, got {unknown}.")

@@ -40,7 +40,9 @@ PLAIN = Scales()
 class TraceBuffers(NamedTuple):
     """Where a gate writes its decisions: row t is token t, and rows past the T of a call stay as they are."""
 
-    ids: Tensor  # [T_max, K] uint8 for up to 255 experts, else int16 that holds the bits of uint16; contiguous
+    # [T_max, K] uint8 (up to 254 experts) or int16 that holds the bits of uint16; contiguous. Of a token whose
+    # probabilities are NaN all are -2, which is 254 or 65534, whatever experts the gate returns.
+    ids: Tensor
     weights: Tensor | None = None  # [T_max, K] float16: the weights that the gate returns, rounded
     stats: Tensor | None = None  # [T_max, 3] float16: entropy of the softmax in nats, sum of the chosen, p_K - p_(K+1)
 

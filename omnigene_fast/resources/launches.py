@@ -38,7 +38,7 @@ def jobs(arch: int) -> list[Job]:
 
 
 def _trace(tokens: int, experts: int, only_ids: bool = False, top_k: int = K) -> TraceBuffers:
-    ids = meta(tokens, top_k, dtype=torch.uint8 if experts <= 255 else torch.int16)
+    ids = meta(tokens, top_k, dtype=torch.uint8 if experts <= 254 else torch.int16)
     if only_ids:
         return TraceBuffers(ids)
     return TraceBuffers(ids, meta(tokens, top_k, dtype=torch.float16), meta(tokens, 3, dtype=torch.float16))

@@ -32,6 +32,7 @@ class Call:
     cache: Any
     training: bool
     inputs: Mapping[str, Any]
+    generation: Any = None  # the state of the `generate` that makes this call, if one does
 
     @property
     def rows(self) -> int:
@@ -48,32 +49,39 @@ class Watch:
         routers: list[nn.Module],
         begin: Callable[[Call], None],
         end: Callable[[Call, Any], None],
+        generation: Callable[[], Any],
+        generated: Callable[[], None] = lambda: None,
     ) -> None:
+        """See the class; `generation()` makes the state of a `generate` that begins, `generated()` follows its end."""
         self._begin, self._end = begin, end
+        self._new_generation, self._generated = generation, generated
+        self._generation: Any = None  # of the `generate` that runs
         self._depth = 0
         self._call: Call | None = None
         self._undo: list[Callable[[], None]] = []
         self._open: Any = None  # the module whose call is under way
         held = {id(router) for router in routers}
         entrances = [module for module in model.modules() if self._is_entrance(module, held)]
-        self._entrances = {id(module) for module in entrances}
+        self._entrances = {id(module): _parameter_names(module) for module in entrances}
         if not entrances:
             raise ValueError(
                 f"model: expected a transformers model, or a wrapper of one, got a {type(model).__name__} that holds"
                 " routers alone."
             )
         for module in entrances:
-            names = _parameter_names(module)
-            before = functools.partial(self._before, names)
-            self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            self._undo.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove)
+            self._undo.append(functools.partial(_unwatch, module, self))
+            _watch(module, self)
             compiled = getattr(module, "_compiled_call_impl", None)
             if compiled is not None:  # module.compile()
-                self._replace(module, "_compiled_call_impl", self._watched(compiled, module, names))
+                self._replace(module, "_compiled_call_impl", self._watched(compiled, module))
             if hasattr(type(module), "get_compiled_call"):  # `generate` decodes with it if the cache has a fixed size
                 # A partial, so that in a copy of the model it is bound to the copy.
-                getter = functools.partial(self._get_compiled_call, module, names)
+                getter = functools.partial(self._get_compiled_call, module)
                 self._replace(module, "get_compiled_call", getter)
+            usual: Any = getattr(type(module), "generate", None)
+            if usual is not None:
+                generate = functools.partial(self._generate, module, module.__dict__.get("generate"))
+                self._replace(module, "generate", functools.update_wrapper(generate, usual))
 
     def __deepcopy__(self, memo: Any) -> "Watch":
         return self  # the hooks of a copy of the model come here too, and are not answered
@@ -103,14 +111,26 @@ class Watch:
 
         self._undo.append(undo)
 
-    def _get_compiled_call(self, module: Any, names: list[str], *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return self._watched(type(module).get_compiled_call(module, *args, **kwargs), module, names)
+    def _get_compiled_call(self, module: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return self._watched(type(module).get_compiled_call(module, *args, **kwargs), module)
 
-    def _watched(self, compiled: Callable[..., Any], module: Any, names: list[str]) -> Callable[..., Any]:
+    def _generate(self, module: Any, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of `module`, or the instance's `own` one; the outermost marks the calls that it makes."""
+        generate = functools.partial(type(module).generate, module) if own is None else own
+        if self._generation is not None or id(module) not in self._entrances:
+            return generate(*args, **kwargs)
+        self._generation = self._new_generation()
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self._generation = None
+            self._generated()
+
+    def _watched(self, compiled: Callable[..., Any], module: Any) -> Callable[..., Any]:
         """`compiled`, a call of `module` whose hooks are compiled away, with what the hooks would have done."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._before(names, module, args, kwargs)
+            self._before(module, args, kwargs)
             output = None
             try:
                 output = compiled(*args, **kwargs)
@@ -120,8 +140,8 @@ class Watch:
 
         return call
 
-    def _before(self, names: list[str], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or id(module) not in self._entrances:
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) not in self._entrances:
             return
         if module is self._open:  # an interrupt ended its last call, and torch called no hook then
             call, self._depth, self._call = self._call, 0, None
@@ -131,20 +151,70 @@ class Watch:
         if self._depth == 1:
             self._open = module
             try:
-                self._call = describe(module, dict(zip(names, args, strict=False)) | kwargs)
+                self._call = describe(module, dict(zip(self._entrances[id(module)], args, strict=False)) | kwargs)
+                self._call.generation = self._generation
                 self._begin(self._call)
             except BaseException:
                 self._depth, self._call, self._open = 0, None, None
                 raise
 
     def _after(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self._depth or id(module) not in self._entrances:
+        if not self._depth or id(module) not in self._entrances:
             return
         self._depth -= 1
         if self._depth == 0:
             call, self._call, self._open = self._call, None, None
             assert call is not None
             self._end(call, output)
+
+
+# Instance attribute of a module: the watches of its calls. A compiled graph depends on the hooks that it finds and on
+# their numbers, and is compiled again for others: so all watches share two hooks that are always the same.
+_WATCHES = "_omnigene_fast_watches"
+_HOOK = -1  # torch counts its own from 0
+
+
+def put_hook(module: Any, hook: Callable[..., Any]) -> None:
+    """Register a forward hook under a number that is the same each time."""
+    module._forward_hooks[_HOOK] = hook
+
+
+def take_hook(module: Any) -> None:
+    """Remove what `put_hook` registered."""
+    module._forward_hooks.pop(_HOOK, None)
+
+
+def _watch(module: Any, watch: Watch) -> None:
+    module.__dict__.setdefault(_WATCHES, []).append(watch)
+    module._forward_pre_hooks[_HOOK], module._forward_pre_hooks_with_kwargs[_HOOK] = _before_call, True
+    put_hook(module, _after_call)
+    module._forward_hooks_with_kwargs[_HOOK] = module._forward_hooks_always_called[_HOOK] = True
+
+
+def _unwatch(module: Any, watch: Watch) -> None:
+    watches = module.__dict__.get(_WATCHES, [])
+    if watch in watches:
+        watches.remove(watch)
+    if watches:
+        return
+    module.__dict__.pop(_WATCHES, None)
+    take_hook(module)
+    for table in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        getattr(module, table).pop(_HOOK, None)
+    for table in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        getattr(module, table).pop(_HOOK, None)
+
+
+def _before_call(module: Any, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for watch in list(module.__dict__.get(_WATCHES, ())):
+            watch._before(module, args, kwargs)
+
+
+def _after_call(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for watch in list(module.__dict__.get(_WATCHES, ())):
+            watch._after(module, args, kwargs, output)
 
 
 def _parameter_names(module: Any) -> list[str]:
@@ -214,28 +284,92 @@ def valid_tokens(call: Call) -> Tensor | None:
     )
 
 
+def cached_valid(call: Call) -> Tensor | None:
+    """How many of the cached tokens of each row are no padding, [B] on the mask's device; None if no mask tells."""
+    mask = call.mask
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != call.B or mask.shape[1] < call.past + call.S:
+        return None
+    return mask[:, : call.past].bool().sum(1)
+
+
+def cache_of(call: Call, output: Any) -> Any:
+    """The cache that a call went on with or that the model made in it; None if there is none."""
+    given = {name: getattr(output, name, None) for name in CACHE_NAMES}
+    if isinstance(output, Mapping):
+        given |= {name: output.get(name) for name in CACHE_NAMES}
+    return next((cache for cache in (call.cache, *given.values()) if cache is not None), None)
+
+
+@dataclass
+class Place:
+    """Where a call goes on: the state of its sequences, and what became of them since their last call."""
+
+    stream: Any
+    source: list[int] | None = None  # row b continues what was row source[b]; None: every row itself
+    branches: bool = False  # the cached tokens are not those that the last call left: cropped, copied or unknown
+
+
+@dataclass
+class _Followed:
+    stream: Any
+    columns: int  # cached tokens after the last call
+    keys: Tensor | None
+    generation: Any
+
+
 class Streams:
     """Which cached sequences a call continues: per cache object, whatever `new` makes."""
 
     def __init__(self, new: Callable[[], Any]) -> None:
         self._new = new
-        self._by_cache: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._by_cache: weakref.WeakKeyDictionary[Any, _Followed] = weakref.WeakKeyDictionary()
 
-    def of(self, call: Call) -> Any:
+    def of(self, call: Call) -> Place:
         """The state of the sequences that `call` continues, or a new one."""
-        if call.past and call.cache is not None and call.cache in self._by_cache:
-            return self._by_cache[call.cache]
-        stream = self._new()
-        if call.cache is not None:
-            self._by_cache[call.cache] = stream
-        return stream
+        known = self._by_cache.get(call.cache) if call.past and call.cache is not None else None
+        if known is None:
+            return Place(self._new(), branches=bool(call.past))
+        if known.generation is not None and known.generation is call.generation:
+            return Place(known.stream)  # `generate` reorders its own beams and takes back its own candidates
+        if known.columns != call.past:
+            return Place(known.stream, branches=True)
+        keys = _keys(call.cache)
+        if keys is None or known.keys is None or keys is known.keys:
+            return Place(known.stream)
+        source = _rows(known.keys, keys, call.past)
+        return Place(known.stream, source, branches=source is None)
 
-    def follow(self, stream: Any, output: Any) -> None:
-        """Remember the cache that the model made in a call without one."""
-        for name in CACHE_NAMES:
-            cache = getattr(output, name, None)
-            if cache is None and isinstance(output, Mapping):
-                cache = output.get(name)
-            if cache is not None:
-                self._by_cache[cache] = stream
-                return
+    def follow(self, stream: Any, call: Call, cache: Any, fed: int) -> None:
+        """Remember that `cache` holds, after `call`, `fed` tokens of it for each row."""
+        if cache is not None:
+            self._by_cache[cache] = _Followed(stream, call.past + fed, _keys(cache), call.generation)
+
+
+def _keys(cache: Any) -> Tensor | None:
+    """The keys [B, heads, columns, D] of the last layer that has its own, which depend on all tokens before.
+
+    Whatever changes the rows of a cache between two calls puts other tensors there.
+    """
+    found = (getattr(layer, "keys", None) for layer in reversed(getattr(cache, "layers", ())))
+    return next((keys for keys in found if isinstance(keys, Tensor) and keys.dim() == 4 and keys.numel()), None)
+
+
+def _rows(before: Tensor, after: Tensor, past: int) -> list[int] | None:
+    """Which row of `before` each row of `after` was, by their latest columns; None if there is one that was none."""
+    if before.shape[1] != after.shape[1] or before.shape[3] != after.shape[3]:
+        return None
+    ends = [min(past, keys.shape[2]) for keys in (before, after)]
+    width = min(8, *ends)
+    old, new = (
+        keys[:, :, end - width : end].detach().to("cpu").flatten(1)
+        for keys, end in zip((before, after), ends, strict=True)
+    )
+    equal = (new[:, None] == old[None]).all(-1)  # [B after, B before]
+    source: list[int] = []
+    for row, matches in enumerate(equal.tolist()):
+        candidates = [at for at, match in enumerate(matches) if match]
+        if not candidates:
+            return None
+        unused = [at for at in candidates if at not in source]
+        source.append(row if row in candidates else (unused or candidates)[0])
+    return source

@@ -4,6 +4,7 @@ The model's thread copies what the gates have written and goes on; the rest happ
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,13 +18,24 @@ from torch import Tensor, nn
 from .. import reference
 from ..integrations import gemma4
 from .buffers import Buffers, to_host
-from .calls import Call, Streams, Watch, describe, valid_tokens
-from .description import describe_model, end_tokens, owns_the_decision, process_rank
-from .identity import Stream, parse_doc_ids
+from .calls import (
+    Call,
+    Streams,
+    Watch,
+    cache_of,
+    cached_tokens,
+    cached_valid,
+    describe,
+    put_hook,
+    take_hook,
+    valid_tokens,
+)
+from .description import describe_model, end_tokens, owns_the_decision, process_rank, shape_of_routers
+from .identity import Generation, Stream, parse_doc_ids
 from .labels import check_name, check_text
 from .memory import Memory
 from .pump import POLICIES, Pump, parse_bytes
-from .records import KINDS, PHASES
+from .records import KINDS, unrouted_fault
 from .scribe import Handover, Labels, Scribe
 
 logger = logging.getLogger("omnigene_fast")
@@ -131,17 +143,20 @@ class Tracer:
         self._rank = process_rank() if rank is None else rank
         self._owner = owns_the_decision(model)
         self._segment_tokens, self._max_tokens = segment_tokens, max_tokens
-        first = next(iter(self._routers.values()))
         self.layers = list(self._routers)
-        self.num_experts, self.top_k = first.proj.out_features, first.config.top_k_experts
+        experts, self.top_k = shape_of_routers(self._routers)
+        self.num_experts = max(experts)
         self._meta = describe_model(model, self._routers) | dict(meta or {})
+        if min(experts) < max(experts):
+            self._meta["experts_by_layer"] = experts
         self._labels: Labels = {}
         self._doc_ids: NDArray[np.int64] | None = None
         self._store: Any = None
         self._pump: Pump | None = None
         self._watch: Watch | None = None
-        self._hooks: list[Any] = []
+        self._hooked: list[nn.Module] = []
         self._captured = False
+        self._held: tuple[Handover, Call, Any] | None = None
         self._scribe: Scribe | None = None
         self.calls = 0  # forwards seen
         self.label(**(labels or {}))
@@ -165,7 +180,9 @@ class Tracer:
         self._buffers = Buffers(list(self._routers.values()), self.num_experts, self.top_k, self._record)
         self._buffers.reserve(self._max_tokens)
         self._pump = Pump(self._scribe.write, self._budget)
-        self._watch = Watch(self._model, list(self._routers.values()), self._begin, self._end)
+        self._watch = Watch(
+            self._model, list(self._routers.values()), self._begin, self._end, Generation, self._release
+        )
         stock = [router for router in self._routers.values() if not gemma4.is_accelerated(router)]
         if stock:
             logger.warning(
@@ -176,7 +193,9 @@ class Tracer:
             )
         for router in self._routers.values():
             router.__dict__[_HOOKED] = id(router)  # a copy of the model is not traced
-        self._hooks = [router.register_forward_hook(_record_by_hook) for router in stock]
+        self._hooked = stock
+        for router in stock:
+            put_hook(router, _record_by_hook)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
@@ -207,14 +226,18 @@ class Tracer:
                 f"trace: nothing was recorded in {self.calls} calls of the model; call the model that was given to"
                 " trace(), or the wrapper that compiled it, and leave some tokens unmasked."
             )
+        fault = unrouted_fault(self.layers, self.unrouted.tolist()) if was_open else None
+        if fault:
+            warnings.warn(f"trace: {fault}", stacklevel=2)
 
     def _shut(self) -> None:
+        self._release()
         pump, self._pump = self._pump, None
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
-            for hook in self._hooks:
-                hook.remove()
+            for router in self._hooked:
+                take_hook(router)
             for router in self._routers.values():
                 router.__dict__.pop(_HOOKED, None)
             self._buffers.detach()
@@ -287,6 +310,12 @@ class Tracer:
         return 0 if self._scribe is None else self._scribe.dropped
 
     @property
+    def unrouted(self) -> NDArray[np.int64]:
+        """[L] tokens recorded so far to which a layer's router gave NaN; they count for no expert."""
+        self.settle()
+        return np.zeros(len(self.layers), np.int64) if self._scribe is None else self._scribe.unrouted.copy()
+
+    @property
     def counts(self) -> NDArray[np.int64]:
         """Picks [documents, layers, experts] so far, rows by rising document number."""
         self.settle()
@@ -310,6 +339,7 @@ class Tracer:
         return open_trace(self.path).verify()
 
     def _begin(self, call: Call) -> None:
+        self._release()
         if self._buffers.reserve(call.rows) and self._captured:
             raise RuntimeError(
                 f"trace: expected at most {self._buffers.tokens} tokens per call after a CUDA graph was captured, got"
@@ -329,8 +359,7 @@ class Tracer:
         self.calls += 1
         if not self._owner or self._pump is None:
             return
-        stream = self._streams.of(call)
-        self._streams.follow(stream, output)
+        place, cache = self._streams.of(call), cache_of(call, output)
         keep = self._override(call)
         try:
             valid = valid_tokens(call)
@@ -338,23 +367,42 @@ class Tracer:
             if keep is None:
                 raise
             valid = None  # a mask that cannot be read is what `mask=` is for
-        known = [valid, call.token, call.position, keep]
+        known = [valid, call.token, call.position, keep, cached_valid(call) if place.branches else None]
         # The caller may write to its tensors again.
         host = to_host([None if each is None else each.detach().clone() for each in known])
-        continues = bool(call.past)
-        phase = "train" if call.training else "decode" if continues and call.S == 1 else "prefill"
         handover = Handover(
-            stream,
             (call.B, call.S),
-            continues,
-            PHASES.index(phase),
+            call.training,
             host,
+            call.past,
+            place,
+            call.generation,
             self._doc_ids,
             self._labels,
             self._buffers.take(call.rows),
+            call.S,
         )
+        self._streams.follow(place.stream, call, cache, call.S)
+        if call.generation is not None and cache is not None and call.S > 1:
+            # Some may be candidates of assisted decoding: those that are in the text are in the cache when it goes on.
+            self._held = handover, call, cache
+        else:
+            self._put(handover)
+
+    def _release(self) -> None:
+        """Hand over a call of `generate` that waited for what becomes of its tokens."""
+        if self._held is None:
+            return
+        (handover, call, cache), self._held = self._held, None
+        handover.fed = min(max(cached_tokens(cache) - call.past, 0), call.S)
+        self._streams.follow(handover.place.stream, call, cache, handover.fed)
+        self._put(handover)
+
+    def _put(self, handover: Handover) -> None:
+        if self._pump is None:
+            return
         assert handover.taken is not None
-        size = handover.taken.nbytes + host.nbytes
+        size = handover.taken.nbytes + handover.tokens.nbytes
         full = self._on_full != "block" and self._pump.full(size)
         if full:
             handover.taken, size = None, 0  # positions go on

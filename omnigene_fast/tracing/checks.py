@@ -6,13 +6,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .records import PHASES, STATISTICS, Records, id_dtype, unused
+from .records import PHASES, STATISTICS, Records, id_dtype, unrouted, unused
 
 _BLOCK = 1 << 17  # ids compared at a time, so that they, their masks and the result stay in the cache
 
 
-def check_records(records: Records, layers: list[int], num_experts: int, top_k: int, record: tuple[str, ...]) -> None:
+def check_records(
+    records: Records,
+    layers: list[int],
+    num_experts: int,
+    top_k: int,
+    record: tuple[str, ...],
+    by_layer: list[int] | None = None,
+) -> None:
     """Check one batch of records.
+
+    Args:
+        by_layer: experts of each layer, where they are not `num_experts` in all.
 
     Raises:
         ValueError: arrays of other lengths or shapes, a number out of range, an unused slot, an expert picked twice.
@@ -43,16 +53,19 @@ def check_records(records: Records, layers: list[int], num_experts: int, top_k: 
             raise ValueError(f"{name}: expected numbers >= 0, got {array.min()} at token {int(array.argmin())}.")
     if records.phase.max() >= len(PHASES):
         raise ValueError(f"phase: expected numbers < {len(PHASES)}, got {records.phase.max()}.")
-    found = find_bad_row(records.ids, num_experts)
+    found = find_bad_row(records.ids, num_experts, by_layer)
     if found is not None:
         layer, token = found
         row, why = records.ids[layer, token], "unused slots"
-        if (row < num_experts).all():
+        experts = num_experts if by_layer is None else by_layer[layer]
+        if (row < experts).all():
             why = "an expert twice"
-        elif (row[row >= num_experts] != unused(num_experts)).any():
+        elif (row == unrouted(num_experts)).any():
+            why = f"{unrouted(num_experts)}, which says that the router gave NaN, beside other ids"
+        elif (row[row >= experts] != unused(num_experts)).any():
             why = "no such expert"
         raise ValueError(
-            f"ids: expected {top_k} different experts in [0, {num_experts}) for each token, got {row.tolist()} ({why})"
+            f"ids: expected {top_k} different experts in [0, {experts}) for each token, got {row.tolist()} ({why})"
             f" in layer {layers[layer]}, token {token} (document {records.doc[token]}, position {records.pos[token]})."
         )
 
@@ -68,7 +81,8 @@ def check_counts(
     """Check documents that come as counts alone.
 
     Raises:
-        ValueError: arrays of other shapes, ids that do not ascend, picks that are not K for every token and layer.
+        ValueError: arrays of other shapes, ids that do not ascend, picks that are not K for every token and layer, or
+            for fewer tokens: what is missing was not routed.
         TypeError: an array of another dtype.
     """
     D = len(doc_ids)
@@ -86,19 +100,34 @@ def check_counts(
     if (np.diff(doc_ids) <= 0).any():
         raise ValueError("doc_ids: expected ids that ascend, each once, got another order.")
     picks = counts.sum(axis=2, dtype=np.int64)
-    wrong = picks != n_tokens[:, None] * top_k
+    wrong = is_no_count(picks, n_tokens, top_k)
     if wrong.any():
         doc, layer = np.argwhere(wrong)[0]
         raise ValueError(
             f"counts: expected {n_tokens[doc] * top_k} picks in each layer ({n_tokens[doc]} tokens, top {top_k}), got"
-            f" {picks[doc, layer]} in layer {layers[layer]} of document {doc_ids[doc]}."
+            f" {picks[doc, layer]} in layer {layers[layer]} of document {doc_ids[doc]}; only a token to which a router"
+            " gave NaN has none."
         )
 
 
-def find_bad_row(ids: NDArray[Any], num_experts: int) -> tuple[int, int] | None:
-    """The first (layer, token) of ids [L, n, K] with an id that is no expert, or one that occurs twice."""
+def is_no_count(picks: NDArray[np.int64], n_tokens: NDArray[np.int64], top_k: int) -> NDArray[np.bool_]:
+    """[D, L] where `picks` cannot come from `n_tokens` [D] tokens, each of which picks K experts or, unrouted, none."""
+    return (picks > n_tokens[:, None] * top_k) | (picks % top_k != 0)
+
+
+def find_bad_row(ids: NDArray[Any], num_experts: int, by_layer: list[int] | None = None) -> tuple[int, int] | None:
+    """The first (layer, token) of ids [L, n, K] with an id that is no expert, or one that occurs twice.
+
+    A token that is `unrouted` in all its slots is no bad one.
+    """
     if not ids.size:
         return None
+    if by_layer is not None and min(by_layer) < num_experts:
+        limits = np.array(by_layer)[:, None, None]
+        strange = ((ids >= limits) & (ids < num_experts)).any(axis=2)
+        if strange.any():
+            layer, token = np.argwhere(strange)[0].tolist()
+            return layer, token
     K = ids.shape[-1]
     flat = np.ascontiguousarray(ids).reshape(-1)
     block = max(1, _BLOCK // K) * K
@@ -106,6 +135,9 @@ def find_bad_row(ids: NDArray[Any], num_experts: int) -> tuple[int, int] | None:
         if _is_bad(flat[start : start + block], K, num_experts):
             rows = flat[start : start + block].reshape(-1, K)
             bad = (rows >= num_experts).any(axis=1) | (np.diff(np.sort(rows, axis=1), axis=1) == 0).any(axis=1)
+            bad &= (rows != unrouted(num_experts)).any(axis=1)
+            if not bad.any():
+                continue
             layer, token = divmod(start // K + int(bad.argmax()), ids.shape[1])
             return layer, token
     return None

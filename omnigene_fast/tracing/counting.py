@@ -11,7 +11,7 @@ def count_picks(ids: NDArray[Any], slot: NDArray[np.int64], slots: int, num_expe
     """Picks per slot, layer and expert: in C++, which lets other threads run, or in numpy where it was not built.
 
     Args:
-        ids: [L, n, K] uint8 or uint16 expert ids, all < `num_experts`.
+        ids: [L, n, K] uint8 or uint16 expert ids, all < `num_experts`, or `records.unrouted`, which counts for none.
         slot: [n] which row of the result a token counts for, in [0, slots).
         slots: D, rows of the result.
         num_experts: E.
@@ -40,8 +40,10 @@ def count_picks(ids: NDArray[Any], slot: NDArray[np.int64], slots: int, num_expe
 def _count_in_numpy(ids: NDArray[Any], slot: NDArray[np.int64], out: NDArray[np.int32]) -> NDArray[np.int32]:
     slots, _, num_experts = out.shape
     for layer, picks in enumerate(ids):
-        if picks.size and int(picks.max()) >= num_experts:
-            raise ValueError(f"ids: expected expert ids in [0, {num_experts}), got {int(picks.max())}.")
-        flat = slot[:, None] * num_experts + picks
-        out[:, layer] = np.bincount(flat.ravel(), minlength=slots * num_experts).reshape(slots, num_experts)
+        chosen = picks != np.iinfo(ids.dtype).max - 1
+        experts = picks[chosen]
+        if experts.size and int(experts.max()) >= num_experts:
+            raise ValueError(f"ids: expected expert ids in [0, {num_experts}), got {int(experts.max())}.")
+        flat = np.broadcast_to(slot[:, None], picks.shape)[chosen] * num_experts + experts
+        out[:, layer] = np.bincount(flat, minlength=slots * num_experts).reshape(slots, num_experts)
     return out

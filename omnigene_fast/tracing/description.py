@@ -36,6 +36,21 @@ def describe_model(model: nn.Module, routers: Mapping[int, Any]) -> dict[str, An
     }
 
 
+def shape_of_routers(routers: Mapping[int, Any]) -> tuple[list[int], int]:
+    """Experts of each layer, and K.
+
+    Raises:
+        ValueError: layers that choose different numbers of experts.
+    """
+    top_k = {int(router.config.top_k_experts) for router in routers.values()}
+    if len(top_k) > 1:
+        raise ValueError(
+            f"model: expected routers that all choose as many experts, got top_k_experts {sorted(top_k)} in"
+            " different layers; trace models of one K."
+        )
+    return [int(router.proj.out_features) for router in routers.values()], top_k.pop()
+
+
 _INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype")
 
 

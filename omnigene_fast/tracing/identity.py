@@ -8,13 +8,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass
+@dataclass(eq=False)
 class Stream:
     """The sequences of a cache: row b continues document `docs[b]` behind `lengths[b]` tokens."""
 
     docs: NDArray[np.int64] | None = None
     lengths: NDArray[np.int64] | None = None
     finished: NDArray[np.bool_] | None = None  # rows that have ended while the batch goes on
+
+
+@dataclass
+class Generation:
+    """What one `generate` has fed so far without a cache: token ids [B, S] and the state of their sequences."""
+
+    fed: list[tuple[NDArray[Any], Stream]] = field(default_factory=list)
+
+    def match(self, token: NDArray[Any]) -> tuple[int, Stream, list[int]] | None:
+        """How `token` [B, S] begins with what was fed before: columns, state, and which row each row continues."""
+        for number, (known, stream) in reversed(list(enumerate(self.fed))):
+            columns = known.shape[1]
+            if len(known) != len(token) or columns >= token.shape[1]:
+                continue
+            rows = {row.tobytes(): at for at, row in reversed(list(enumerate(known)))}
+            source = [
+                at if (token[at, :columns] == known[at]).all() else rows.get(token[at, :columns].tobytes())
+                for at in range(len(token))
+            ]
+            found = [at for at in source if at is not None]
+            if len(found) == len(source):
+                del self.fed[number]
+                return columns, stream, found
+        return None
 
 
 @dataclass
@@ -25,6 +49,10 @@ class Tokens:
     pos: NDArray[np.int32]
     valid: NDArray[np.bool_]  # no padding, and of a document
     row: NDArray[np.int64] = field(repr=False)  # of the batch
+    known: int = 0  # columns that an earlier call of the same `generate` brought already, which has no cache
+    source: list[int] | None = None  # whose rows they continue
+    decodes: bool = False  # one more token of each sequence
+    stream: Stream | None = field(default=None, repr=False)
 
 
 class Numbering:
@@ -32,6 +60,8 @@ class Numbering:
 
     Every row of a call is a document of its own, unless it continues a cached one, or packs several (its positions
     begin anew, or the caller numbers its tokens). Positions count the tokens of a document from 0, padding left out.
+    What goes on from a prefix that is not the end of its document (the cache was cropped, copied, repeated, or filled
+    before the trace) is a document of its own, whose first position is the length of the prefix.
 
     Args:
         first: number of the first automatic document.
@@ -56,7 +86,11 @@ class Numbering:
         position: NDArray[Any] | None,
         doc_ids: NDArray[np.int64] | None,
         *,
-        continues: bool,
+        past: int = 0,
+        before: NDArray[Any] | None = None,
+        source: list[int] | None = None,
+        branches: bool = False,
+        generation: Generation | None = None,
     ) -> Tokens:
         """Identify the tokens of one call.
 
@@ -67,36 +101,61 @@ class Numbering:
             token: [B, S] token ids or None.
             position: [B or 1, S] position ids or None.
             doc_ids: the caller's numbers, [B] or [B, S] (negative: no document), or None.
-            continues: the call goes on with cached sequences.
+            past: cached tokens of each row, padding included; 0 if the call begins sequences.
+            before: [B] those of them that are no padding; None for all. Asked where the call branches.
+            source, branches: what became of the cached sequences, see `calls.Place`.
+            generation: of the `generate` that makes the call.
 
         Raises:
             ValueError: `doc_ids` of another shape.
         """
         B, S = shape
         valid = np.ones(shape, bool) if valid is None else valid.copy()
-        if continues and stream.docs is not None and len(stream.docs) != B:
-            continues = False
-        if not continues or S > 1:  # a new turn of a chat wakes the rows that had ended
-            stream.finished = np.zeros(B, bool)
-        elif B > 1 and token is not None and self._eos.size and stream.finished is not None:
+        known, rows = 0, None
+        if generation is not None and not past and token is not None:
+            if (found := generation.match(token)) is not None:
+                known, stream, rows = found
+                valid[:, :known] = False
+            generation.fed.append((token, stream))
+        continues, decodes = bool(past or known), bool(past or known) and S - known == 1
+        if source is not None and stream.docs is not None:
+            self._follow_rows(stream, source)
+        if not continues or not decodes or stream.finished is None or len(stream.finished) != B:
+            stream.finished = np.zeros(B, bool)  # a new turn of a chat wakes the rows that had ended
+        elif B > 1 and token is not None and self._eos.size:
             # `generate` feeds finished rows until the last is done: alone they would have ended.
-            stream.finished |= np.isin(token[:, 0], self._eos)
+            stream.finished |= np.isin(token[:, -1], self._eos)
             valid &= ~stream.finished[:, None]
         row = np.repeat(np.arange(B), S).reshape(shape)
+        more: dict[str, Any] = {"known": known, "source": rows, "decodes": decodes, "stream": stream}
         if doc_ids is not None:
-            return self._by_caller(doc_ids, valid, row)
+            return self._by_caller(doc_ids, valid, row, more)
         segment = None if continues or position is None else _segments(position, valid)
         if segment is not None:
             doc = self._number(segment + np.arange(B)[:, None] * S)
-            return self._noted(Tokens(doc, _rank(doc, valid), valid, row))
-        if not continues or stream.docs is None or stream.lengths is None:
-            stream.docs = np.arange(self.next, self.next + B)
-            stream.lengths = np.zeros(B, np.int64)
-            self.next += B
+            return self._noted(Tokens(doc, _rank(doc, valid), valid, row, **more))
+        if not continues or branches or stream.docs is None or stream.lengths is None or len(stream.docs) != B:
+            stream.docs = self._take(B)
+            stream.lengths = np.full(B, past) if before is None else before.astype(np.int64)
         doc = np.broadcast_to(stream.docs[:, None], shape)
         pos = stream.lengths[:, None] + np.cumsum(valid, 1) - 1
         stream.lengths = stream.lengths + valid.sum(1)
-        return self._noted(Tokens(doc, pos.astype(np.int32), valid, row))
+        return self._noted(Tokens(doc, pos.astype(np.int32), valid, row, **more))
+
+    def _take(self, documents: int) -> NDArray[np.int64]:
+        self.next += documents
+        return np.arange(self.next - documents, self.next)
+
+    def _follow_rows(self, stream: Stream, source: list[int]) -> None:
+        """Rows were reordered, selected or repeated: those of which there are several now begin documents."""
+        assert stream.docs is not None
+        assert stream.lengths is not None
+        docs, lengths = stream.docs[source], stream.lengths[source]
+        several = np.array([source.count(row) > 1 for row in source], bool)
+        docs[several] = self._take(int(several.sum()))
+        if stream.finished is not None:
+            stream.finished = stream.finished[source]
+        stream.docs, stream.lengths = docs, lengths
 
     def _noted(self, tokens: Tokens) -> Tokens:
         if self._lengths is not None:
@@ -105,7 +164,9 @@ class Numbering:
                 self._lengths[number] = self._lengths.get(number, 0) + count
         return tokens
 
-    def _by_caller(self, doc_ids: NDArray[np.int64], valid: NDArray[np.bool_], row: NDArray[np.int64]) -> Tokens:
+    def _by_caller(
+        self, doc_ids: NDArray[np.int64], valid: NDArray[np.bool_], row: NDArray[np.int64], more: dict[str, Any]
+    ) -> Tokens:
         B, S = valid.shape
         if doc_ids.shape not in ((B,), (B, S)):
             raise ValueError(
@@ -121,7 +182,7 @@ class Numbering:
             pos[valid & (doc == number)] += self._lengths.get(number, 0)
         if valid.any():
             self.next = max(self.next, int(doc[valid].max()) + 1)
-        return self._noted(Tokens(doc, pos, valid, row))
+        return self._noted(Tokens(doc, pos, valid, row, **more))
 
     def _number(self, key: NDArray[np.int64]) -> NDArray[np.int64]:
         """Keys as consecutive new document numbers, in rising order."""

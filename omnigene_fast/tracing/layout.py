@@ -162,6 +162,11 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _check_same(path: Path, found: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    if found.get("experts_by_layer") != meta.get("experts_by_layer"):
+        raise ValueError(
+            f"{path}: expected to append to a run with experts_by_layer {found.get('experts_by_layer')}, got"
+            f" {meta.get('experts_by_layer')}; choose another path."
+        )
     for key in IDENTITY:
         if key in found and key in meta and found[key] != meta[key]:
             raise ValueError(
@@ -179,10 +184,17 @@ def check_meta(meta: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: expected layers to be a list of decoder indices, got {layers!r}.")
     if len(set(layers)) != len(layers):
         raise ValueError(f"{where}: expected layers without repeats, got {layers!r}.")
-    if not is_count(experts, 1) or experts > 65535:
-        raise ValueError(f"{where}: expected num_experts in [1, 65535], got {experts!r}.")
+    if not is_count(experts, 1) or experts > 65534:
+        raise ValueError(f"{where}: expected num_experts in [1, 65534], got {experts!r}.")
     if not is_count(top_k, 1) or top_k > experts:
         raise ValueError(f"{where}: expected top_k in [1, {experts}], got {top_k!r}.")
+    by_layer: Any = meta.get("experts_by_layer", [experts])
+    known = isinstance(by_layer, list) and all(is_count(each, top_k) for each in by_layer) and max(by_layer) == experts
+    if not known or ("experts_by_layer" in meta and len(by_layer) != len(layers)):
+        raise ValueError(
+            f"{where}: expected experts_by_layer to hold a number of at least top_k for each of {len(layers)} layers,"
+            f" {experts} the largest, got {by_layer!r}."
+        )
     if not isinstance(meta.get("model"), str):
         raise ValueError(f"{where}: expected model to be text, got {meta.get('model')!r}.")
     record = meta.get("record")

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ class Segment:
     part: File
     docs: File
     dropped: int = 0  # tokens that came since the segment before and were not recorded
+    unrouted: tuple[int, ...] = ()  # by layer, tokens to which its router gave NaN; () where there are none
 
 
 def data_name(kind: str, rank: int, seq: int) -> str:
@@ -56,6 +57,7 @@ def write_segment(
     tokens: int,
     documents: int,
     dropped: int = 0,
+    unrouted: Sequence[int] = (),
 ) -> None:
     """Write the two files of a segment side by side and, once they are durable, its line of the manifest.
 
@@ -67,7 +69,8 @@ def write_segment(
         docs_file = write_file(path, data_name("docs", rank, seq), docs())
         part_file = beside.result()
     sync_directory(path)
-    append_manifest(path, Segment(rank, seq, tokens, documents, part_file, docs_file, dropped))
+    lost = tuple(map(int, unrouted)) if any(unrouted) else ()
+    append_manifest(path, Segment(rank, seq, tokens, documents, part_file, docs_file, dropped, lost))
 
 
 def read_manifest(path: Path) -> list[Segment]:
@@ -124,13 +127,14 @@ def _segment(line: bytes, where: str) -> Segment:
     try:
         rank, seq, tokens, documents = (entry[key] for key in ("rank", "seq", "tokens", "documents"))
         part, docs, dropped = File(**entry["part"]), File(**entry["docs"]), entry.get("dropped", 0)
+        unrouted = tuple(entry.get("unrouted", ()))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where}: expected the fields of a segment, got an error with {error}.") from None
-    numbers = (rank, seq, tokens, documents, dropped, part.size, part.crc32, docs.size, docs.crc32)
+    numbers = (rank, seq, tokens, documents, dropped, *unrouted, part.size, part.crc32, docs.size, docs.crc32)
     names = (data_name("part", rank, seq), data_name("docs", rank, seq)) if is_count(seq, 0) else None
     if not all(is_count(number, 0) for number in numbers) or (part.name, docs.name) != names:
         raise ValueError(f"{where}: expected counts and the file names of its rank and seq, got {entry!r}.")
-    return Segment(rank, seq, tokens, documents, part, docs, dropped)
+    return Segment(rank, seq, tokens, documents, part, docs, dropped, unrouted)
 
 
 def append_manifest(path: Path, segment: Segment) -> None:

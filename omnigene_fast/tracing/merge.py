@@ -56,7 +56,7 @@ def _check(runs: list[Run], names: list[str]) -> list[str]:
     if not runs:
         raise ValueError("runs: expected at least one, got none.")
     for run in runs[1:]:
-        for key in ("layers", "num_experts", "top_k", "record"):
+        for key in ("layers", "num_experts", "experts_by_layer", "top_k", "record"):
             if getattr(run, key) != getattr(runs[0], key):
                 raise ValueError(
                     f"runs: expected the same {key}, got {getattr(runs[0], key)} in {runs[0].path} and"
@@ -96,6 +96,7 @@ def _copy(runs: list[Run], names: list[str], path: Path, progress: bool) -> None
                     tokens=segment.tokens,
                     documents=segment.documents,
                     dropped=segment.dropped,
+                    unrouted=segment.unrouted,
                 )
                 seq += 1
                 bar.update()

@@ -1,6 +1,7 @@
 """What one forward call leaves behind: the records that go from the capture to the store, and out of it again."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,38 @@ STATISTICS = ("entropy", "mass", "margin")  # of the full softmax: nats; sum of 
 
 
 def id_dtype(num_experts: int) -> type[np.unsignedinteger[Any]]:
-    """uint8 for up to 255 experts, uint16 beyond: the largest value is never an expert."""
-    return np.uint8 if num_experts <= 255 else np.uint16
+    """uint8 for up to 254 experts, uint16 beyond: the two largest values are never experts."""
+    return np.uint8 if num_experts <= 254 else np.uint16
 
 
 def unused(num_experts: int) -> int:
     """What a slot holds that no expert was written to; never 0, which is an expert."""
     return int(np.iinfo(id_dtype(num_experts)).max)
+
+
+def unrouted(num_experts: int) -> int:
+    """What all slots of a token hold whose router gave NaN: 254 or 65534; the experts that ran, nobody chose."""
+    return int(np.iinfo(id_dtype(num_experts)).max) - 1
+
+
+def count_unrouted(ids: NDArray[Any], num_experts: int) -> NDArray[np.int64]:
+    """[L] how many of the tokens of ids [L, n, K] no router chose experts for."""
+    return np.count_nonzero(ids[:, :, 0] == unrouted(num_experts), axis=1).astype(np.int64)
+
+
+def unrouted_fault(layers: Sequence[int], counts: Sequence[int]) -> str | None:
+    """A sentence about `counts` [L] tokens, by decoder index, that no router chose experts for; None if there are none.
+
+    It names the first layer first: what comes after it is NaN because that one is.
+    """
+    found = [(layer, count) for layer, count in zip(layers, counts, strict=True) if count > 0]
+    if not found:
+        return None
+    listed = ", ".join(f"{layer} ({count:,} tokens)" for layer, count in found)
+    return (
+        f"the routers gave NaN in layers {listed}, and these tokens count for no expert there; look at the weights of"
+        f" layer {found[0][0]}, and at what it is given."
+    )
 
 
 def text_hash(token: NDArray[np.int32]) -> str:
@@ -39,7 +65,7 @@ class Records:
     pos: NDArray[np.int32]  # [n]
     token: NDArray[np.int32]  # [n] token id, -1 where the model was called with embeddings
     phase: NDArray[np.uint8]  # [n] position in PHASES
-    ids: NDArray[Any]  # [L, n, K] uint8 or uint16 (`id_dtype`), in the router's order
+    ids: NDArray[Any]  # [L, n, K] uint8 or uint16 (`id_dtype`), in the router's order; see `unrouted`
     weights: NDArray[np.float16] | None = None  # [L, n, K]
     stats: NDArray[np.float16] | None = None  # [L, n, 3] as STATISTICS
 

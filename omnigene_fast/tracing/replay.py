@@ -1,6 +1,7 @@
 """`replay`: route as recorded. The ids are those of a run, the weights follow from the live router at these ids."""
 
 import functools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..integrations import gemma4
-from .calls import Call, Streams, Watch, valid_tokens
-from .description import end_tokens, process_rank
-from .identity import Numbering, Stream, parse_doc_ids
+from .calls import Call, Streams, Watch, cache_of, cached_valid, valid_tokens
+from .description import end_tokens, process_rank, shape_of_routers
+from .identity import Generation, Numbering, Stream, parse_doc_ids
+from .records import unrouted
 from .run import Run, open_trace
 from .store import DOCS_PER_RANK
 
@@ -36,8 +38,8 @@ def replay(model: nn.Module, run: Run | str | Path, *, missing: str = "raise") -
     Args:
         model: Gemma-4 with routers, of the layers and experts of the run.
         run: what `open_trace` returns, or its directory; recorded with "ids".
-        missing: what to do with a token that the run does not hold, or that was consumed before: "raise" or
-            "recompute", which routes it live and counts it in `Replay.recomputed`.
+        missing: what to do with a token that the run does not hold, that was consumed before, or to which a router gave
+            NaN when it was recorded: "raise" or "recompute", which routes it live and counts it in `Replay.recomputed`.
 
     Returns:
         a `Replay`, a context manager.
@@ -59,9 +61,11 @@ class Replay:
             raise ValueError(f"missing: expected 'raise' or 'recompute', got {missing!r}.")
         self._run = run if isinstance(run, Run) else open_trace(run)
         self._routers = gemma4.routers_by_layer(model)
-        first = next(iter(self._routers.values()))
-        found = (list(self._routers), first.proj.out_features, first.config.top_k_experts)
-        recorded = (self._run.layers, self._run.num_experts, self._run.top_k)
+        experts, top_k = shape_of_routers(self._routers)
+        by_layer = self._run.experts_by_layer
+        varying = experts != by_layer and max(experts) == max(by_layer)
+        found: Any = (list(self._routers), experts if varying else max(experts), top_k)
+        recorded: Any = (self._run.layers, by_layer if varying else self._run.num_experts, self._run.top_k)
         if found != recorded:
             raise ValueError(
                 f"run: expected layers {found[0]}, {found[1]} experts and top-{found[2]} as in the model, got layers"
@@ -86,7 +90,8 @@ class Replay:
         self._records = _Records(self._run)
         self._numbering = Numbering(process_rank() * DOCS_PER_RANK, end_tokens(self._model))
         self._streams = Streams(Stream)
-        self._watch = Watch(self._model, list(self._routers.values()), self._begin, self._end)
+        self._earlier: weakref.WeakKeyDictionary[Stream, NDArray[np.int16]] = weakref.WeakKeyDictionary()
+        self._watch = Watch(self._model, list(self._routers.values()), self._begin, self._end, Generation)
         self._hooks = [
             router.register_forward_hook(functools.partial(self._reroute, layer))
             for layer, router in enumerate(self._routers.values())
@@ -121,9 +126,20 @@ class Replay:
             None if each is None else each.detach().cpu().numpy()
             for each in (valid_tokens(call), call.token, call.position)
         )
-        stream = self._stream = self._streams.of(call)
+        place = self._place = self._streams.of(call)
+        before = cached_valid(call) if place.branches else None
         tokens = self._numbering.assign(
-            stream, (call.B, call.S), valid, token, position, self._doc_ids, continues=bool(call.past)
+            place.stream,
+            (call.B, call.S),
+            valid,
+            token,
+            position,
+            self._doc_ids,
+            past=call.past,
+            before=None if before is None else before.cpu().numpy(),
+            source=place.source,
+            branches=place.branches,
+            generation=call.generation,
         )
         flat = np.flatnonzero(tokens.valid)
         ids = np.full((len(self._routers), call.rows, self._run.top_k), _NONE, np.int16)
@@ -134,6 +150,12 @@ class Replay:
             ids,
             flat,
         )
+        if call.generation is not None and not call.past and tokens.stream is not None:
+            # Without a cache every step runs the tokens before it again: as they were routed then.
+            by_row = ids.reshape(len(ids), call.B, call.S, -1)
+            if tokens.known:
+                by_row[:, :, : tokens.known] = self._earlier[tokens.stream][:, tokens.source]
+            self._earlier[tokens.stream] = by_row
         lost = np.flatnonzero(~found)
         if lost.size and self._missing == "raise":
             at = flat[lost[0]]
@@ -151,7 +173,7 @@ class Replay:
 
     def _end(self, call: Call, output: Any) -> None:
         if output is not None:
-            self._streams.follow(self._stream, output)
+            self._streams.follow(self._place.stream, call, cache_of(call, output), call.S)
         if not call.training:
             self._decision = None  # with gradients, checkpointing may run the routers again in the backward
 
@@ -220,7 +242,9 @@ class _Records:
             at = np.searchsorted(records.pos, pos[of])
             inside = at < len(records)
             at = np.minimum(at, len(records) - 1)
-            hit = inside & (records.pos[at] == pos[of]) & fresh[at]
+            # What was not routed in some layer cannot be routed as recorded.
+            routed = (records.ids[:, at] != unrouted(self._run.num_experts)).all((0, 2))
+            hit = inside & (records.pos[at] == pos[of]) & fresh[at] & routed
             of, at = of[hit], at[hit]
             if token is not None:
                 other = (records.token[at] != token[of]) & (records.token[at] >= 0)

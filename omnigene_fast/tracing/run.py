@@ -18,7 +18,7 @@ from . import layout, manifest
 from .columns import blob_type, column, from_blob, opened_part, part_schema
 from .counting import count_picks
 from .documents import Documents, add_counts, gather, read_docs
-from .records import KINDS, Records
+from .records import KINDS, Records, unrouted_fault
 
 Counted = tuple[NDArray[np.int64], NDArray[np.int64]]  # documents [d], their counts [d, L, E]
 Map = Callable[[Callable[[manifest.Segment], Counted], Sequence[manifest.Segment]], Iterable[Counted]]
@@ -37,13 +37,17 @@ _READERS = 2  # threads of `histogram`: one row group in memory for each
 def open_trace(path: str | os.PathLike[str]) -> "Run":
     """Open a run directory as it is now; a run that nothing was committed to has no documents.
 
+    Warns of damage that reading survives, and of layers whose router gave NaN to some tokens.
+
     Raises:
         FileNotFoundError, NotADirectoryError: no directory at `path`.
         ValueError: no run, a damaged one, or one of a newer format.
     """
     directory = Path(path)
     run = Run(directory, layout.read_meta(directory), manifest.read_manifest(directory))
-    for fault in (layout.meta_fault(directory), *manifest.manifest_faults(directory)):
+    nan = unrouted_fault(run.layers, run.unrouted.tolist())
+    faults = (layout.meta_fault(directory), *manifest.manifest_faults(directory), nan and f"{directory}: {nan}")
+    for fault in faults:
         if fault:
             warnings.warn(fault, stacklevel=2)
     return run
@@ -55,7 +59,8 @@ class Run:
     Attributes:
         path: the directory; name: its name, which stands for the run in tables.
         meta: what meta.json holds.
-        layers: decoder indices of the L layers, in the order of every array; num_experts: E; top_k: K.
+        layers: decoder indices of the L layers, in the order of every array; num_experts: E, that of the layer with
+            most; top_k: K.
         record: which of "ids", "weights", "stats" are there beside the counts.
         segments: the lines of the manifest.
     """
@@ -74,9 +79,33 @@ class Run:
         return sorted(self.gathered.labels)
 
     @property
+    def experts_by_layer(self) -> list[int]:
+        """[L] experts of each layer, `num_experts` where meta.json does not tell them apart: the last columns of
+        `counts` stay 0 where a layer has fewer."""
+        by_layer: list[int] = self.meta.get("experts_by_layer", [self.num_experts] * len(self.layers))
+        return by_layer
+
+    @property
     def dropped(self) -> int:
         """Tokens that were not recorded, because more waited for the writer than the trace's budget allowed."""
         return sum(segment.dropped for segment in self.segments)
+
+    @property
+    def unrouted(self) -> NDArray[np.int64]:
+        """[L] tokens for which a layer's router gave NaN, so that no expert was chosen: they are in no count of it.
+
+        Of single documents: `n_tokens` less the picks over K. Such a token's ids are all 254, or 65534 where there are
+        more than 254 experts; its weights and statistics are NaN.
+        """
+        total = np.zeros(len(self.layers), np.int64)
+        for segment in self.segments:
+            if len(segment.unrouted) not in (0, len(total)):
+                raise ValueError(
+                    f"{self.path / manifest.MANIFEST}: expected unrouted tokens of {len(total)} layers, got"
+                    f" {list(segment.unrouted)} in segment {segment.seq} of rank {segment.rank}."
+                )
+            total += np.array(segment.unrouted or 0, np.int64)
+        return total
 
     def __repr__(self) -> str:
         return (
@@ -101,7 +130,7 @@ class Run:
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
-        """[D, L, E] picks of each expert by each document, rows as in `documents`."""
+        """[D, L, E] picks of each expert by each document, rows as in `documents`: K of each token that was routed."""
         total = np.zeros((len(self.gathered), len(self.layers), self.num_experts), np.int64)
         for segment in self.segments:
             add_counts(total, self.gathered.doc_ids, read_docs(self.path, segment, counts=True))
@@ -271,7 +300,7 @@ class Run:
         return whole_documents(self, layers, kinds, where)
 
     def verify(self, progress: bool = False) -> list[str]:
-        """Read everything back and check it, one row group in memory at a time.
+        """Read everything back and check it, one row group in memory at a time; routers that gave NaN are a fault too.
 
         Returns:
             A sentence for each fault found; an empty list if the run is sound.

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .buffers import Host, Taken
-from .identity import Numbering, Stream, Tokens
-from .records import Records, text_hash, unused
+from .calls import Place
+from .identity import Generation, Numbering, Tokens
+from .records import PHASES, Records, count_unrouted, text_hash, unused
 
 COMMIT_SECONDS = 60.0  # after which even a small segment is made durable
 
@@ -21,14 +22,16 @@ Labels = Mapping[str, str | Sequence[str | None]]
 class Handover:
     """One call on its way to the store; B rows of S tokens."""
 
-    stream: Stream
     shape: tuple[int, int]
-    continues: bool
-    phase: int
-    tokens: Host  # valid, token, position, keep: each [B, S] or None
+    training: bool
+    tokens: Host  # valid, token, position, keep: each [B, S] or None; valid cached tokens [B] or None
+    past: int  # cached tokens before these
+    place: Place
+    generation: Generation | None
     doc_ids: NDArray[np.int64] | None
     labels: Labels
     taken: Taken | None  # None: dropped
+    fed: int  # columns that stay in the sequences; the others were candidates that `generate` took back
 
     def row_labels(self, row: int) -> dict[str, str]:
         """The labels of a row's documents; ValueError if there is not one per row."""
@@ -56,22 +59,31 @@ class Scribe:
     """
 
     def __init__(self, store: Any, layers: Sequence[int], num_experts: int, eos: tuple[int, ...]) -> None:
-        self._store, self._layers, self._unused = store, layers, unused(num_experts)
+        self._store, self._layers, self._experts = store, layers, num_experts
         self._numbering = Numbering(store.next_doc, eos, store.documents)
         self._committed = time.monotonic()
         self.tokens = self.dropped = 0
+        self.unrouted = np.zeros(len(layers), np.int64)  # tokens to which a layer's router gave NaN
 
     def write(self, handover: Handover) -> None:
         """Take in one call; its tensors may still be on their way."""
-        valid, token, position, keep = handover.tokens.arrays()
+        valid, token, position, keep, before = handover.tokens.arrays()
+        if handover.fed < handover.shape[1]:
+            valid = np.ones(handover.shape, bool) if valid is None else valid.copy()
+            valid[:, handover.fed :] = False
+            keep = None if keep is None else keep & valid
         tokens = self._numbering.assign(
-            handover.stream,
+            handover.place.stream,
             handover.shape,
             valid if keep is None or valid is None else valid | keep,
             token,
             position,
             handover.doc_ids,
-            continues=handover.continues,
+            past=handover.past,
+            before=before,
+            source=handover.place.source,
+            branches=handover.place.branches,
+            generation=handover.generation,
         )
         rows = tokens.valid if keep is None else tokens.valid & keep
         flat = np.flatnonzero(rows)
@@ -81,6 +93,7 @@ class Scribe:
             return
         if not len(flat):
             return
+        phase = "train" if handover.training else "decode" if tokens.decodes else "prefill"
         ids, weights, stats = handover.taken.arrays()
         self._check_written(ids)
         doc, row = tokens.doc.ravel()[flat], tokens.row.ravel()[flat]
@@ -88,7 +101,7 @@ class Scribe:
             doc,
             tokens.pos.ravel()[flat],
             np.full(len(flat), -1, np.int32) if token is None else token.ravel()[flat].astype(np.int32),
-            np.full(len(flat), handover.phase, np.uint8),
+            np.full(len(flat), PHASES.index(phase), np.uint8),
             _of(ids, flat),
             None if weights is None else _of(weights, flat),
             None if stats is None else _of(stats, flat),
@@ -100,16 +113,18 @@ class Scribe:
         }
         self._store.add(records, labels, {} if token is None else _hashes(tokens, token, labels))
         self.tokens += len(flat)
+        self.unrouted += count_unrouted(records.ids, self._experts)
         if time.monotonic() - self._committed > COMMIT_SECONDS:
             self._store.commit()
             self._committed = time.monotonic()
 
     def _check_written(self, ids: NDArray[Any]) -> None:
-        silent = (ids == self._unused).any((1, 2))
+        silent = (ids == unused(self._experts)).any((1, 2))
         if silent.any():
             raise RuntimeError(
                 f"trace: the router of layer {self._layers[int(silent.argmax())]} did not write all its tokens; do not"
-                " accelerate, restore or compile the model while a trace is open."
+                " accelerate, restore or compile the model while a trace is open, and accelerate a model before it is"
+                " compiled."
             )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .checks import is_sorted
 from .columns import DOCUMENT_ROWS, LABEL, blob_type, docs_schema, part_schema, to_blob
 from .counting import count_picks
-from .records import KINDS, Records
+from .records import KINDS, Records, count_unrouted
 
 _ARRAYS = tuple(field.name for field in fields(Records))
 
@@ -89,6 +89,10 @@ class OpenSegment:
                     to_blob(rows, schema.field(len(columns) + i).type) for i, rows in enumerate(getattr(filled, kind))
                 ]
         return pa.Table.from_arrays(columns, schema=schema)
+
+    def unrouted(self) -> NDArray[np.int64]:
+        """[L] tokens that no router chose experts for."""
+        return count_unrouted(self._filled().ids, self.num_experts)
 
     def document_ids(self) -> NDArray[np.int64]:
         """[D] ids of the documents with tokens, a label or a hash, ascending."""

@@ -106,7 +106,8 @@ class Writer:
             OSError: the segment could not be written; it stays open with these records, and `commit` tries again.
         """
         labels, hashes = labels or {}, hashes or {}
-        check_records(records, self.meta["layers"], self.meta["num_experts"], self.meta["top_k"], self.record)
+        shape = self.meta["layers"], self.meta["num_experts"], self.meta["top_k"]
+        check_records(records, *shape, self.record, self.meta.get("experts_by_layer"))
         for doc in (*labels, *hashes):
             if doc < 0:
                 raise ValueError(f"labels, hashes: expected document ids >= 0, got {doc}.")
@@ -138,7 +139,7 @@ class Writer:
         Args:
             doc_ids: [D] ids >= 0, ascending.
             counts: [D, L, E] picks.
-            n_tokens: [D] tokens that made them: K picks of each in every layer.
+            n_tokens: [D] tokens that made them: K picks of each in every layer, none where its router gave NaN.
             labels, hashes: as for `add`, of these documents.
 
         Raises:
@@ -174,6 +175,7 @@ class Writer:
                 lambda: encode(schema, tables, DOCUMENT_ROWS),
                 tokens=0,
                 documents=len(doc_ids),
+                unrouted=(n_tokens.sum() - counts.sum((0, 2), dtype=np.int64) // self.meta["top_k"]).tolist(),
             )
             self._seq += 1
             self._label_names |= names
@@ -205,6 +207,7 @@ class Writer:
                 tokens=self._open.tokens,
                 documents=len(self._open.document_ids()),
                 dropped=self._dropped,
+                unrouted=self._open.unrouted().tolist(),
             )
             self._seq += 1
             self._dropped = 0

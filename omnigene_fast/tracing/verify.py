@@ -11,13 +11,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .checks import find_bad_row, is_sorted
+from .checks import find_bad_row, is_no_count, is_sorted
 from .columns import LABEL, check_file
 from .counting import count_picks
 from .documents import counts_of, read_docs
 from .layout import has_live_writer, meta_fault
 from .manifest import DATA, MANIFEST, manifest_faults, read_manifest, uncommitted
-from .records import PHASES, Records
+from .records import PHASES, Records, unrouted_fault
 from .whole import Rows
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ def verify(run: "Run", progress: bool) -> list[str]:
             faults += check.segment(index)
         except ValueError as error:
             faults.append(str(error))
-    return faults + check.across()
+    faults += check.across()
+    nan = unrouted_fault(run.layers, check.unrouted.tolist())
+    return faults if nan is None else [*faults, f"{run.path}: {nan}"]
 
 
 def _directory(run: "Run") -> list[str]:
@@ -78,6 +80,7 @@ class _Check:
         ids, times = np.unique(np.concatenate(seen), return_counts=True)
         self._shared = ids[times > 1]
         self._spans: list[NDArray[np.int64]] = []  # of shared documents [4, n]: document, first position, end, segment
+        self.unrouted = np.zeros(len(run.layers), np.int64)
         self._texts: dict[tuple[int, str], tuple[str, str]] = {}  # document, column -> value, file
 
     def segment(self, index: int) -> list[str]:
@@ -99,6 +102,7 @@ class _Check:
             return [*faults, f"{part}: expected {wanted}, found {rows}."]
         edges = np.append(0, np.cumsum(np.zeros_like(tokens) if counts_only else tokens))
         last = np.empty(0, np.int64), np.empty(0, np.int32)
+        before = self.unrouted.copy()
         first = at = 0
         for table in read_docs(run.path, segment, counts=True):
             stop = first + table.num_rows
@@ -116,6 +120,12 @@ class _Check:
                     found += count_picks(records.ids, slot - first, len(found), run.num_experts)
             faults += self._compare_counts(table, found, tokens[first:stop], docs)
             first = stop
+        lost = self.unrouted - before
+        if not np.array_equal(lost, segment.unrouted or np.zeros_like(before)):
+            faults.append(
+                f"{docs}: expected tokens without routing by layer, {list(segment.unrouted)} as the manifest says,"
+                f" found {lost.tolist()}."
+            )
         return faults
 
     def _tokens(
@@ -138,7 +148,11 @@ class _Check:
             yield f"expected each position once, found document {doc[row]}, position {pos[row]} twice."
         if (records.pos < 0).any() or (records.phase >= len(PHASES)).any():
             yield f"expected positions >= 0 and phases < {len(PHASES)}, found another number."
-        bad = find_bad_row(records.ids, self._run.num_experts) if "ids" in self._run.record else None
+        bad = (
+            find_bad_row(records.ids, self._run.num_experts, self._run.experts_by_layer)
+            if "ids" in self._run.record
+            else None
+        )
         if bad is not None:
             layer, token = bad
             yield (
@@ -154,10 +168,12 @@ class _Check:
         except ValueError as error:
             yield f"{docs}: {error}"
             return
+        picks = (found if "ids" in self._run.record else counts).sum(axis=2, dtype=np.int64)
         if "ids" in self._run.record:
             wrong = (counts != found).any(axis=2)
-        else:  # nothing to count again, but every token picks K experts
-            wrong = counts.sum(axis=2) != tokens[:, None] * self._run.top_k
+        else:  # nothing to count again, but a token picks K experts, or none
+            wrong = is_no_count(picks, tokens, self._run.top_k)
+        self.unrouted += tokens.sum() - picks.sum(axis=0) // self._run.top_k
         if wrong.any():
             doc, layer = np.argwhere(wrong)[0]
             yield (

@@ -30,7 +30,7 @@ def open_trace(T, E, K, device, kinds=EVERYTHING):
     rows = BEFORE + T + AFTER
     half = {"dtype": torch.float16, "device": device}
     whole = TraceBuffers(
-        torch.full((rows, K), SENTINEL, dtype=torch.uint8 if E <= 255 else torch.int16, device=device),
+        torch.full((rows, K), SENTINEL, dtype=torch.uint8 if E <= 254 else torch.int16, device=device),
         torch.full((rows, K), SENTINEL, **half) if "weights" in kinds else None,
         torch.full((rows, 3), SENTINEL, **half) if "stats" in kinds else None,
     )
@@ -50,7 +50,9 @@ def check(whole, weights, index, probabilities):
     """Ids bit for bit, weights rounded, statistics of `probabilities` within half a unit of float16, no other row."""
     T, K = index.shape
     ids, halves, stats = (None if buffer is None else buffer[BEFORE : BEFORE + T] for buffer in whole)
-    assert torch.equal(ids.long() & (0xFF if ids.dtype == torch.uint8 else 0xFFFF), index)
+    mask = 0xFF if ids.dtype == torch.uint8 else 0xFFFF
+    routed = probabilities.isfinite().all(-1, keepdim=True)
+    assert torch.equal(ids.long() & mask, torch.where(routed, index, -2 & mask))
     if halves is not None:
         torch.testing.assert_close(halves, weights.half(), rtol=0, atol=0, equal_nan=True)
     if stats is not None:
@@ -96,7 +98,7 @@ def test_route(device, path, dtype, numerics, T, E, K):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("E", "K"), [(6, 1), (6, 6), (128, 8), (255, 8), (256, 8), (257, 5), (512, 16), (700, 4), (1, 1)]
+    ("E", "K"), [(6, 1), (6, 6), (128, 8), (254, 8), (255, 8), (256, 8), (257, 5), (512, 16), (700, 4), (1, 1)]
 )
 def test_topk_gate(device, dtype, E, K):
     logits, scale, truth = gate_case(device, dtype, 17, E)
@@ -108,7 +110,9 @@ def test_topk_gate(device, dtype, E, K):
     check(whole, weights, index, truth)
 
 
-@pytest.mark.parametrize(("E", "dtype"), [(255, torch.uint8), (256, torch.int16), (512, torch.int16)])
+@pytest.mark.parametrize(
+    ("E", "dtype"), [(254, torch.uint8), (255, torch.int16), (256, torch.int16), (512, torch.int16)]
+)
 def test_the_last_expert_fits(device, path, E, dtype):
     hidden, arguments = router_case(device, torch.float32, 3, E, 4)
     arguments[0] = torch.zeros_like(arguments[0])
@@ -167,7 +171,8 @@ def test_a_poisoned_token_stays_alone(device, path, E, poison):
     whole, trace = open_trace(5, E, 3, device)
     probabilities, weights, index = BACKEND.route(hidden, *arguments, "hf", trace)
     check(whole, weights, index, probabilities)
-    assert trace.ids[2].tolist() == [0, 1, 2]
+    assert index[2].tolist() == [0, 1, 2]
+    assert trace.ids[2].tolist() == [254 if E <= 254 else -2] * 3
     assert trace.weights[2].isnan().all()
     assert trace.stats[2].isnan().all()
     assert trace.stats[[0, 1, 3, 4]].isfinite().all()

@@ -11,7 +11,14 @@ from multiprocessing.context import ForkServerProcess
 
 _context = multiprocessing.get_context("forkserver")
 # The last three are what a first write imports.
-_PRELOAD = ["tests.tracing.test_crash", "tests.tracing.test_store", "pandas", "pyarrow.compute", "omnigene_fast._cpu"]
+_PRELOAD = [
+    "tests.tracing.test_crash",
+    "tests.tracing.test_three_writers",
+    "tests.tracing.test_store",
+    "pandas",
+    "pyarrow.compute",
+    "omnigene_fast._cpu",
+]
 _context.set_forkserver_preload(_PRELOAD)
 
 

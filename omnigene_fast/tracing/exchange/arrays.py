@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .building import Builder, Labels, new_run
-from .files import check_layers, reading, resolve_meta
+from .files import check_layers, check_routed, reading, resolve_meta
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -157,6 +157,7 @@ def to_routed_experts(
     """
     if num_hidden_layers is not None and num_hidden_layers <= max(run.layers):
         raise ValueError(f"num_hidden_layers: expected more than {max(run.layers)}, got {num_hidden_layers}.")
+    check_routed(run)
     return (
         (row, records.token, spread(records.ids, run.layers, num_hidden_layers))
         for row, records in run.iter_documents()

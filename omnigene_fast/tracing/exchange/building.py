@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..beside import new_directory
-from ..records import PHASES, Records, id_dtype, text_hash
+from ..records import PHASES, Records, id_dtype, text_hash, unrouted
 from ..store import Writer
 
 Labels = Mapping[str, str] | Sequence[Mapping[str, str]] | None
@@ -169,8 +169,9 @@ def as_ids(ids: NDArray[Any], num_experts: int, where: str) -> NDArray[Any]:
     """
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{where}: expected integer expert ids, got dtype {ids.dtype}.")
-    if ids.size and not (ids.min() >= 0 and ids.max() < num_experts):
-        bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
+    strange = ids[((ids < 0) | (ids >= num_experts)) & (ids != unrouted(num_experts))]
+    if strange.size:
+        bad = int(strange.min()) if strange.min() < 0 else int(strange.max())
         raise ValueError(f"{where}: expected expert ids in [0, {num_experts}), got {bad}; check num_experts.")
     return np.ascontiguousarray(ids, id_dtype(num_experts))
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import layout
+from ..records import unrouted_fault
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -25,6 +26,13 @@ _PRIVATE = ("format", "record", "imported")  # what meta.json says of a director
 def portable_meta(run: "Run") -> dict[str, Any]:
     """What a run says of the trace, for a format that can carry it."""
     return {key: value for key, value in run.meta.items() if key not in _PRIVATE}
+
+
+def check_routed(run: "Run") -> None:
+    """Raise ValueError unless every token has experts in every layer: an engine takes any id for an expert's."""
+    run.check_kinds(("ids",))
+    if fault := unrouted_fault(run.layers, run.unrouted.tolist()):
+        raise ValueError(f"{run.path}: {fault} This format holds experts alone; the datasets format keeps such tokens.")
 
 
 def resolve_meta(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..beside import new_directory, new_file
 from .building import Labels, new_run, phase_number
-from .files import OWN, existing, json_lines, own_part, resolve_meta
+from .files import OWN, check_routed, existing, json_lines, own_part, resolve_meta
 from .responses import every_document, kinds_left_out, own_entry
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def export_megatron(run: "Run", path: str | os.PathLike[str]) -> list[str]:
     Returns:
         What was left out.
     """
-    run.check_kinds(("ids",))
+    check_routed(run)
     with new_directory(path) as beside, new_file(beside / "router_trace_rank0.jsonl") as file:
         for step, (row, records) in enumerate(every_document(run)):
             own = own_entry(run, row, records, None, first=step == 0)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..beside import new_file
 from . import arrays
 from .building import Labels, new_run
-from .files import OWN, existing, json_lines, own_part, portable_meta, resolve_meta
+from .files import OWN, check_routed, existing, json_lines, own_part, portable_meta, resolve_meta
 
 if TYPE_CHECKING:
     from ..records import Records
@@ -125,7 +125,7 @@ def _export(
 ) -> list[str]:
     if num_hidden_layers is not None and num_hidden_layers <= max(run.layers):
         raise ValueError(f"num_hidden_layers: expected more than {max(run.layers)}, got {num_hidden_layers}.")
-    run.check_kinds(("ids",))
+    check_routed(run)
     with new_file(path) as file:
         for row, records in every_document(run):
             unrouted = _take_unrouted(row["labels"])
