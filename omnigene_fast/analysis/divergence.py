@@ -129,7 +129,8 @@ def differentiation(
 
     Returns:
         a row per layer and one for their mean: layer (decoder index, "mean"), js, corrected, low, high (jackknife over
-        documents, stratified by group), floor, floor_95, p_value, generalized_js (equal weights) with
+        documents, stratified by group; in simulated worlds of 5 to 100 documents a group they covered the truth in 93
+        to 99 %, also where it is 0), floor, floor_95, p_value, generalized_js (equal weights) with
         generalized_js_corrected, _low, _high, groups, docs, tokens, unit.
 
     Raises:

@@ -38,6 +38,11 @@ def load(run: RunLike, by: str | None = "task") -> "pandas.DataFrame":
         jackknife does not correct in full: max_vio's interval goes from the greatest lower end of an expert's share,
         with 2.5 % divided by the number of experts that may be the fullest, to the greatest upper end.
 
+        In 200 simulated worlds each (10 to 100 documents of 20 to 2,000 tokens, dispersions 20 to 500) the intervals
+        covered the truth in 93 to 98 % (cv, entropy, effective_experts), 95 to 99 % (gini) and 95 to 100 % (max_vio);
+        with 5 documents in 94 to 100 %, where routing is even in 97 to 100 % (`python -m
+        omnigene_fast.bench.simulations --only coverage`).
+
     Raises:
         ValueError: no such label, or a group without picks.
     """

@@ -45,6 +45,10 @@ def pairwise(
     mean js of two documents of one group that are no pair, which is at least the floor: above 0 it says that pairs
     differ more than any two documents do.
 
+    In 200 simulated worlds each of 40 pairs (200, 50 and 800, or 20 to 2,000 tokens; each token the one before with
+    probability 0, 0.5 or 0.9) the interval held the truth in 92 to 100 %, and that of counts alone in 93 to 100 %
+    (`python -m omnigene_fast.bench.simulations --only pairwise`).
+
     Args:
         run: an opened trace.
         by_pair: label with the pair's id; each value stands on exactly two documents, others are left out.

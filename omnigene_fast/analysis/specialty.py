@@ -33,7 +33,8 @@ def specialty(run: RunLike, by: str = "task", *, pseudo_count: float = 0.5) -> "
         group has one document, or no group the expert), q_value (Benjamini-Hochberg over the layers and experts of a
         group), ceiling (ln groups), unit. In simulated worlds of equal routing (3 to 100 documents a group, unequal
         lengths and dispersions) a group had a q_value below 0.05 in at most 1 % of worlds, a p_value of at most 0.05 in
-        at most 4 % of cells (`python -m omnigene_fast.bench.simulations --only level`).
+        at most 4 % of cells (`python -m omnigene_fast.bench.simulations --only level`); the intervals covered the truth
+        in 93 to 97 % with 10 to 100 documents and in 94 to 98 % with 5 (`--only coverage`).
 
     Raises:
         ValueError: no such label, fewer than two groups, or a pseudo-count that is not above 0.
@@ -86,8 +87,8 @@ def domain(run: RunLike, by: str = "task") -> "pandas.DataFrame":
 
     Returns:
         a row per group, layer and expert: group, layer (decoder index), expert, specialisation (tokens routed to the
-        expert among any of its K picks / tokens), low, high (jackknife over documents, 95 %), uniform (K / E), picks,
-        tokens, docs, unit.
+        expert among any of its K picks / tokens), low, high (jackknife over documents, 95 %; in simulated worlds of 10
+        to 100 documents 94 to 98 %, of 5 99 %), uniform (K / E), picks, tokens, docs, unit.
 
     Raises:
         ValueError: no such label.
