@@ -171,8 +171,9 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name == "__get__" and attribute in _VIEW_ATTRIBUTES:
             return _view(func, args, kwargs)
         return func(*args, **kwargs)
+    collective = str(getattr(func, "__module__", "")).startswith("torch.distributed")
     as_bits = name == "view" and len(args) == 2 and isinstance(args[1], torch.dtype)
-    if as_bits or name in _STORAGE or name.startswith(("is_", "_is_")):
+    if collective or as_bits or name in _STORAGE or name.startswith(("is_", "_is_")):
         return func(*args, **kwargs)
     if name in _MOVES and isinstance(first, Rounded):
         return _moved(func, first, args[1:], kwargs)
