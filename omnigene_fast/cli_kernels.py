@@ -37,6 +37,9 @@ def kernels(
       omnigene-fast kernels --markdown docs/kernels.md
     """
     _need_compiler()
+    for path in (json_path, markdown_path):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"--json, --markdown: expected a file in an existing directory or -, got {str(path)!r}.")
     from tqdm import tqdm
 
     from .resources import cuda_kernels, launches, report, table

@@ -7,11 +7,23 @@ from typing import Any
 import click
 
 DTYPES = ("bfloat16", "float32", "float16")
+# What a verb that Ctrl-C ends leaves behind, where that is something.
+_KEPT = {
+    "tune": "what was measured is kept, and the same command goes on",
+    "kernels": "what was compiled is kept, and the same command goes on",
+    "demo": "start it again with another --out",
+}
 EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError)
 
 
+class Interrupted(click.ClickException):
+    """Ctrl-C, as one line and the exit status that shells give it."""
+
+    exit_code = 130
+
+
 def sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the package's exceptions into click's one-line errors (exit status 1)."""
+    """Turn the package's exceptions into click's one-line errors (exit status 1), and Ctrl-C too (130)."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -20,6 +32,10 @@ def sentence(command: Callable[..., None]) -> Callable[..., None]:
         except EXPECTED as error:
             text = str(error).strip() or type(error).__name__
             raise click.ClickException(" ".join(text.split())) from None
+        except KeyboardInterrupt:
+            verb = str(click.get_current_context().info_name)
+            kept = _KEPT.get(verb, "nothing was written; start it again")
+            raise Interrupted(f"{verb}: interrupted; {kept}.") from None
 
     return run
 

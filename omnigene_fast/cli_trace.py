@@ -1,12 +1,13 @@
 """The verbs of router traces: trace, verify, report, decompose, export, import."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .cli_options import DTYPES, dtype_of, parse_device, sentence, set_threads, words
+from .cli_options import DTYPES, Interrupted, dtype_of, parse_device, sentence, set_threads, words
 
 RUN = click.Path(path_type=Path)
 WEIGHTS = click.option(
@@ -52,49 +53,74 @@ def trace(
 ) -> None:
     """Record which experts the tokens of DATA (JSON lines) visit in MODEL, a checkpoint directory with a tokenizer.
 
-    Every line is a document. Killed and started again with the same arguments, it goes on where it was.
+    Every line is a document. Killed and started again with the same arguments, it goes on where it was; labels that
+    were corrected or added since are taken, and another checkpoint, adapter, tokenizer, text or dtype is refused.
 
     \b
     Example:
       omnigene-fast trace ./gemma-4-26B-A4B texts.jsonl --label-col task --out runs/base
     """
-    from . import accelerate, open_trace
+    from . import accelerate, checkpoint, open_trace
+    from .tracing import layout
+    from .tracing.records import check_record
     from .tracing.texts import read_rows, trace_texts
 
+    # A mistake is found before the weights are loaded, which takes minutes.
     chosen = parse_device(device)
     set_threads(threads)
-    rows = read_rows(data, text_col, labels, limit)  # before the weights: a mistake in the data costs seconds
-    loaded, tokenizer = _load(model, adapter, dtype_of(dtype), chosen)
-    if not stock:
-        accelerate(loaded)
-    tracer = trace_texts(
-        loaded,
-        lambda texts: tokenizer(texts)["input_ids"],
-        rows,
-        out,
-        pad=tokenizer.pad_token_id or 0,
-        max_length=max_length,
-        batch_tokens=batch_tokens,
-        progress=True,
-        record=words(record, ()) if record.strip() else (),
-        meta={"model": str(adapter or model), "tokenizer": str(model), "data": data.name, "max_length": max_length},
-    )
+    meta: dict[str, Any] = {"record": list(check_record(words(record, ()) if record.strip() else ()))}
+    layout.check_target(out, meta)
+    checkpoint.check(model)
+    if adapter is not None:
+        _need_peft()
+        checkpoint.check_adapter(adapter)
+    rows = read_rows(data, text_col, labels, limit)
+    tokenizer = checkpoint.load_tokenizer(model)
+    meta |= {
+        "model": str(adapter or model),
+        "tokenizer": str(model),
+        "data": data.name,
+        "max_length": max_length,
+        "weights_digest": checkpoint.digest(model),
+        "adapter_digest": None if adapter is None else checkpoint.adapter_digest(adapter),
+        "tokenizer_digest": checkpoint.tokenizer_digest(model),
+    }
+    layout.check_target(out, meta)
+    if (out / layout.META).exists() and "weights_digest" not in layout.read_meta(out):
+        click.echo(f"{out} does not say which weights it was made of: that they are the same is not checked.", err=True)
+    try:
+        loaded = checkpoint.load_model(model, dtype_of(dtype), chosen, adapter)
+        if not stock:
+            accelerate(loaded)
+        tracer = trace_texts(
+            loaded,
+            lambda texts: tokenizer(texts)["input_ids"],
+            rows,
+            out,
+            pad=tokenizer.pad_token_id or 0,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            progress=True,
+            record=meta["record"],
+            meta=meta,
+        )
+    except KeyboardInterrupt:
+        saved = len(open_trace(out).documents) if (out / layout.META).exists() else 0
+        raise Interrupted(
+            f"trace: interrupted; {saved:,} of {len(rows):,} texts are saved in {out}, and the same command goes on"
+            " from there."
+        ) from None
+    if tracer.relabelled:
+        click.echo(f"labels of {tracer.relabelled:,} documents corrected or added")
     click.echo(f"{tracer.tokens:,} tokens recorded, {tracer.dropped:,} dropped")
     click.echo(_summary(open_trace(out)))
 
 
-def _load(path: Path, adapter: Path | None, dtype: Any, device: Any) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model: expected a checkpoint directory with a config.json, got {str(path)!r}.")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).eval()
-    return model, tokenizer
+def _need_peft() -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(
+            "adapter: expected the package peft, which is not installed; install it with `pip install peft`."
+        )
 
 
 @click.command()
@@ -134,7 +160,7 @@ def report(runs: tuple[Path, ...], out: Path, by: str, permutations: int, seed: 
     from . import analysis, open_trace
 
     opened = [_weighted(open_trace(run), weights) for run in runs]
-    texts = _texts(opened[0].meta.get("tokenizer"))
+    texts = _texts(opened[0].meta)
     click.echo(analysis.report(opened, out, by=by, permutations=permutations, seed=seed, texts=texts))
 
 
@@ -144,13 +170,22 @@ def _weighted(run: Any, weights: str) -> Any:
     return analysis.equal_weights(run) if weights == "documents" else run
 
 
-def _texts(tokenizer: Any) -> Callable[[int], str] | None:
-    """A token id's text by the tokenizer that a run names, if it is still there."""
-    if not isinstance(tokenizer, str) or not (Path(tokenizer) / "tokenizer_config.json").is_file():
-        return None
-    from transformers import AutoTokenizer
+def _texts(meta: dict[str, Any]) -> Callable[[int], str] | None:
+    """A token id's text by the tokenizer that a run names, if it is still there and the same; else a remark."""
+    from . import checkpoint
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    path = Path(str(meta.get("tokenizer")))
+    if not (path / "tokenizer_config.json").is_file():
+        return None
+    try:
+        if meta.get("tokenizer_digest", found := checkpoint.tokenizer_digest(path, "tokenizer")) != found:
+            raise ValueError(
+                f"tokenizer: expected the one that the run was made with in {str(path)!r}, got another one."
+            )
+        loaded = checkpoint.load_tokenizer(path, "tokenizer")
+    except (ValueError, ImportError, OSError) as error:  # no reason to lose a report
+        click.echo(f"Token ids are shown without their texts: {error}", err=True)
+        return None
     return lambda number: loaded.decode([number])
 
 

@@ -1,7 +1,9 @@
 """The verbs of router traces, on a small checkpoint: traced, read back, reported, and bad input in one sentence."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import omnigene_fast
+from omnigene_fast.analysis.groups import distinct
 from omnigene_fast.cli import main
 from omnigene_fast.demo.model import Size, load_texts, small_model
 
@@ -69,8 +72,6 @@ def test_info_and_verify(files):
 
 
 def test_verify_finds_a_damaged_file(files, tmp_path):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(files / "run", copy)
     part = next(copy.glob("part-*.parquet"))
@@ -172,6 +173,57 @@ def test_report(files, tmp_path):
     assert (tmp_path / "r_data" / "load.csv").exists()
 
 
+def test_a_report_that_fails_leaves_nothing(files, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shutil.copytree(files / "run", tmp_path / "run")
+    before = sorted(tmp_path.iterdir())
+    command = ("report", tmp_path / "run", "--permutations", 5, "-o")
+    (tmp_path / "run" / "file").write_text("x")
+    assert "is a file; choose another path" in invoke(*command, tmp_path / "run" / "file" / "r.html").output
+    monkeypatch.setattr(os, "fsync", full)
+    for out in (tmp_path / "r.html", tmp_path / "a" / "b" / "r.html"):
+        done = invoke(*command, out)
+        assert done.exit_code == 1
+        assert "No space left on device: " in done.output
+        assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.undo()
+    assert invoke(*command, tmp_path / "r.html").exit_code == 0
+    data = {file.name: file.read_bytes() for file in (tmp_path / "r_data").iterdir()}
+    monkeypatch.setattr(os, "fsync", full)
+    assert invoke(*command, tmp_path / "r.html").exit_code == 1
+    assert data == {file.name: file.read_bytes() for file in (tmp_path / "r_data").iterdir()}
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(files, tmp_path):
+    rows = (files / "data.jsonl").read_text().splitlines()
+    (tmp_path / "fewer.jsonl").write_text("\n".join(rows[:20]))
+    more = ("--label-col", "task", "--out", tmp_path / "cpt" / "run")
+    assert invoke("trace", files / "model", tmp_path / "fewer.jsonl", *more).exit_code == 0
+    shutil.copytree(files / "run", tmp_path / "base" / "run")
+    base, cpt = tmp_path / "base" / "run", tmp_path / "cpt" / "run"
+    done = invoke("decompose", base, base, cpt)
+    assert done.exit_code == 1
+    assert "the same documents in 'base/run' and 'cpt/run'" in done.output
+    done = invoke("report", base, cpt, base, "-o", tmp_path / "r.html", "--permutations", 5)
+    assert "got others" not in done.output
+    names = distinct([omnigene_fast.open_trace(path) for path in (base, cpt, base)])
+    assert names == ["base/run", "cpt/run", "base/run (2)"]
+
+
+def test_a_report_does_not_read_token_ids_by_another_tokenizer(files, tmp_path):
+    from transformers import ByT5Tokenizer
+
+    shutil.copytree(files / "model", tmp_path / "model")
+    more = ("--label-col", "task", "--out", tmp_path / "run")
+    assert invoke("trace", tmp_path / "model", files / "data.jsonl", *more).exit_code == 0
+    ByT5Tokenizer(extra_ids=9).save_pretrained(tmp_path / "model")
+    done = invoke("report", tmp_path / "run", "-o", tmp_path / "r.html", "--permutations", 5)
+    assert done.exit_code == 0, done.output
+    assert "shown without their texts: tokenizer: expected the one that the run was made with" in done.output
+
+
 def test_export_and_import(files, tmp_path):
     done = invoke("export", files / "run", "npz", "--by", "task", "-o", tmp_path / "run.npz")
     assert done.exit_code == 0, done.output
@@ -212,8 +264,8 @@ def test_import_of_what_does_not_say_its_shape(tmp_path):
     [
         (None, (), "data: expected a JSON-lines file, got"),
         ("", (), "data: expected at least one row"),
-        ('{"text": "a"}\n{"text": 1', (), "data: expected one JSON object per line, line 2 is not JSON"),
-        ('{"body": "a"}', (), "data: expected a JSON object with a text 'text' in line 1, got 'body'"),
+        ('{"text": "a"}\n{"text": 1', (), "x.jsonl, line 2: expected a JSON object, got what is not JSON"),
+        ('{"body": "a"}', (), "x.jsonl, line 1: expected a text in the column 'text', got only 'body'"),
         ('{"text": "a"}', ("--label-col", "task"), "labels: expected a column of"),
         ('{"text": "a", "doc_id": "x"}', ("--label-col", "doc_id"), "no column of the store"),
         ('{"text": "a"}', ("--record", "logits"), "record: expected some of ids, weights, stats, got 'logits'"),

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .divergence import differentiation_values
-from .groups import MOST_GROUPS, Groups, RunLike, check_permutations, check_unit, group, label_column
+from .groups import MOST_GROUPS, Groups, RunLike, check_permutations, check_unit, distinct, group, label_column
 from .null import null_swap
 from .resampling import Jackknife, p_value, quantile
 
@@ -166,28 +166,27 @@ def _swapped(null: NDArray[np.float64] | None, kind: int, estimate: Jackknife) -
 
 def _paired(runs: tuple[RunLike, RunLike, RunLike], by: str) -> list[Groups]:
     """Groups of the three runs, whose documents stand in the same order."""
-    first = runs[0]
+    first, names = runs[0], distinct(runs)
     documents = first.documents
-    for run in runs:
+    for run, name in zip(runs, names, strict=True):
         table = run.documents
         if list(run.layers) != list(first.layers) or run.counts.shape[1:] != first.counts.shape[1:]:
-            raise ValueError(f"runs: expected the layers and experts of {first.name!r}, got others in {run.name!r}.")
+            raise ValueError(f"runs: expected the layers and experts of {names[0]!r}, got others in {name!r}.")
         if not np.array_equal(table["doc_id"], documents["doc_id"]):
             missing = sorted(set(documents["doc_id"]) ^ set(table["doc_id"]))
             raise ValueError(
-                f"runs: expected the same documents in {first.name!r} and {run.name!r}, which differ in"
+                f"runs: expected the same documents in {names[0]!r} and {name!r}, which differ in"
                 f" {len(missing)} doc_ids (the first: {missing[:3]}); trace the same texts with the same doc_ids."
             )
         labels = zip(label_column(first, by), label_column(run, by), strict=True)
         if any(one != other for one, other in labels):
-            raise ValueError(f"by: expected the same {by!r} of each document in {first.name!r} and {run.name!r}.")
+            raise ValueError(f"by: expected the same {by!r} of each document in {names[0]!r} and {name!r}.")
         if "text_hash" in table and "text_hash" in documents:
             hashes = [table["text_hash"], documents["text_hash"]]
             both = hashes[0].notna().to_numpy() & hashes[1].notna().to_numpy()
             if (hashes[0].to_numpy()[both] != hashes[1].to_numpy()[both]).any():
                 raise ValueError(
-                    f"runs: expected the same text of each document in {first.name!r} and {run.name!r};"
-                    " text_hash differs."
+                    f"runs: expected the same text of each document in {names[0]!r} and {name!r}; text_hash differs."
                 )
     texts = [run.documents["text_hash"] for run in runs if "text_hash" in run.documents]
     known = functools.reduce(lambda one, other: one.where(one.notna(), other), texts) if texts else None

@@ -4,6 +4,7 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -40,6 +41,23 @@ class RunLike(Protocol):
     def iter_documents(
         self, layers: Sequence[int] | None = None, kinds: Sequence[str] = ("ids",)
     ) -> Iterator[tuple[dict[str, Any], Records]]: ...
+
+
+def distinct(runs: Sequence[Any]) -> list[str]:
+    """Names of the runs, all different: with as much of their paths as tells those of one name apart, or numbered."""
+    names = [str(run.name) for run in runs]
+    paths = [Path(getattr(run, "path", None) or name).absolute().parts for run, name in zip(runs, names, strict=True)]
+    for name in set(names):
+        alike = {path for path, each in zip(paths, names, strict=True) if each == name}
+        depths = range(2, max(map(len, alike)) if len(alike) > 1 else 2)
+        depth = next((n for n in depths if len({path[-n:] for path in alike}) == len(alike)), None)
+        if depth is not None:
+            names = [str(Path(*p[-depth:])) if each == name else each for p, each in zip(paths, names, strict=True)]
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({number})" for number in range(2, len(names) + 2))
+        found.append(name if name not in found else next(each for each in numbered if each not in found))
+    return found
 
 
 @dataclass

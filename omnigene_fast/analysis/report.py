@@ -1,11 +1,14 @@
 """The report: one HTML file that needs nothing else, and the data of its figures beside it as CSV."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+from ..tracing.layout import check_place, naming
 
 if TYPE_CHECKING:
     import pandas
@@ -42,6 +45,7 @@ def report(
 
     Raises:
         ValueError: no such label, runs that cannot stand side by side, an `out` that does not end in .html.
+        OSError: `out` cannot be written; what was there before is as it was.
     """
     path = _checked(out)
     chosen = list(runs) if isinstance(runs, Sequence) else [runs]
@@ -71,7 +75,7 @@ def report(
             parts.balance(tables),
             parts.method(tables, permutations, seed),
         ]
-        folder = path.with_name(f"{path.stem}_data")
+        folder = _folder(path)
         title = f"Router report: {', '.join(tables.names)}"
         text = page(title, header(tables, findings(tables)), sections, folder.name, painted=painted)
         files = {
@@ -112,28 +116,42 @@ def _checked(out: str | os.PathLike[str]) -> Path:
         raise ValueError(f"out: expected the name of an .html file, got {str(path)!r}.")
     if path.is_dir():
         raise ValueError(f"out: expected the name of a file, got the directory {str(path)!r}.")
+    check_place(path)
+    folder = _folder(path)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a directory for the data, got a file; choose another out.")
     return path
+
+
+def _folder(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_data")
 
 
 def _write(files: dict[Path, str | None]) -> None:
     """Write all beside, make durable, then rename one by one in this order; what is None and there from before goes.
 
-    A reader sees the old file or the new one, whole; if one cannot be written, nothing changes.
+    A reader sees the old file or the new one, whole; if one cannot be written, nothing changes, and directories that
+    were made for it go.
     """
     beside = {path: path.with_name(path.name + ".new") for path, text in files.items() if text is not None}
+    made: list[Path] = []
     try:
         for path, new in beside.items():
+            missing = [each for each in path.parents if not each.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(new, "w", encoding="utf-8", newline="") as file:
+            made += missing[-1:]
+            with naming(path), open(new, "w", encoding="utf-8", newline="") as file:
                 file.write(files[path] or "")
                 file.flush()
                 os.fsync(file.fileno())
+        for path in files:
+            if path in beside:
+                beside[path].replace(path)
+            else:
+                path.unlink(missing_ok=True)
     except BaseException:
         for new in beside.values():
             new.unlink(missing_ok=True)
+        for directory in made:
+            shutil.rmtree(directory, ignore_errors=True)
         raise
-    for path in files:
-        if path in beside:
-            beside[path].replace(path)
-        else:
-            path.unlink(missing_ok=True)

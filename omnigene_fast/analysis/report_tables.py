@@ -12,7 +12,7 @@ from .coactivation import flow
 from .decomposition import decompose
 from .divergence import differentiation, divergence_tables
 from .entropy import shannon
-from .groups import MOST_GROUPS, group, label_column, weights_of
+from .groups import MOST_GROUPS, distinct, group, label_column, weights_of
 from .load import load
 from .resampling import Jackknife
 from .specialty import specialty
@@ -60,15 +60,15 @@ def check(runs: Sequence[Any], by: str) -> list[str]:
     """The groups of the runs; ValueError unless the runs can stand side by side."""
     if not runs:
         raise ValueError("runs: expected at least one run, got none; open one with omnigene_fast.open_trace.")
-    first = runs[0]
+    first, names = runs[0], distinct(runs)
     found: list[str] = []
-    for run in runs:
+    for run, name in zip(runs, names, strict=True):
         label_column(run, by)
         groups = group(run, by, most=MOST_GROUPS).names
         if found and groups != found:
             odd = sorted(set(groups) ^ set(found))
             raise ValueError(
-                f"runs: expected the same values of {by!r} in {first.name!r} and {run.name!r}, got {odd!r} in one"
+                f"runs: expected the same values of {by!r} in {names[0]!r} and {name!r}, got {odd!r} in one"
                 " of them only; report on them one by one."
             )
         found = groups
@@ -76,21 +76,10 @@ def check(runs: Sequence[Any], by: str) -> list[str]:
             raise ValueError("runs: expected equal_weights of all runs or of none, got some with it and some without.")
         if list(run.layers) != list(first.layers) or run.num_experts != first.num_experts or run.top_k != first.top_k:
             raise ValueError(
-                f"runs: expected the layers, experts and top-k of {first.name!r}, got others in {run.name!r};"
+                f"runs: expected the layers, experts and top-k of {names[0]!r}, got others in {name!r};"
                 " report on them one by one."
             )
     return found
-
-
-def distinct(runs: Sequence[Any]) -> list[str]:
-    """Names of the runs, numbered where two are alike."""
-    names: list[str] = []
-    for run in runs:
-        name, number = str(run.name), 2
-        while name in names:
-            name, number = f"{run.name} ({number})", number + 1
-        names.append(name)
-    return names
 
 
 def collect(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ..tracing.layout import check_place
 from . import compare, layer
 from .audit import missing_packages
 from .lesson import Lesson, learn
@@ -43,6 +44,7 @@ def run(
     if audited is not None:
         if audited.exists():
             raise FileExistsError(f"out: expected a directory that does not exist yet, got {audited}.")
+        check_place(audited)
         if absent := missing_packages():
             print(f"router audit: skipped, {', '.join(absent)} missing (pip install 'omnigene-fast[report]')\n")
             audited = None

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checkpoint
+
 PAD, EOS, BOS, BYTES = 0, 1, 2, 3  # token ids: specials, then the 256 bytes
 
 
@@ -118,14 +120,11 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Any, Encode, str]
     """A causal language model in bfloat16 with its tokenizer, and a line that describes it.
 
     Raises:
-        ValueError: `path` holds no checkpoint.
+        ValueError: `path` holds no checkpoint, or not a whole one.
     """
-    if not (path / "config.json").is_file():
-        raise ValueError(f"--model: expected a checkpoint directory with a config.json, got {path}.")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device).eval()
+    checkpoint.check(path, "--model")
+    tokenizer = checkpoint.load_tokenizer(path, "--model", padding_side="right")
+    model = checkpoint.load_model(path, torch.bfloat16, device, argument="--model")
 
     def encode(texts: list[str], length: int) -> Batch:
         encoded = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")

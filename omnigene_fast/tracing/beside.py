@@ -66,5 +66,6 @@ def _check_new(target: Path) -> None:
 
 
 def _beside(target: Path) -> Path:
+    layout.check_place(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".{target.name}.{uuid.uuid4().hex}{layout.TEMPORARY}")

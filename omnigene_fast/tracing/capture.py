@@ -35,7 +35,7 @@ from .identity import Generation, Stream, parse_doc_ids
 from .labels import check_name, check_text
 from .memory import Memory
 from .pump import POLICIES, Pump, parse_bytes
-from .records import KINDS, unrouted_fault
+from .records import KINDS, check_record, unrouted_fault
 from .scribe import Handover, Labels, Scribe
 
 logger = logging.getLogger("omnigene_fast")
@@ -126,9 +126,7 @@ class Tracer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-        record = (record,) if isinstance(record, str) else tuple(record)
-        if set(record) - set(KINDS):
-            raise ValueError(f"record: expected some of {', '.join(KINDS)}, got {', '.join(map(repr, record))}.")
+        self._record = check_record(record)
         if on_full not in POLICIES:
             raise ValueError(f"on_full: expected one of {', '.join(POLICIES)}, got {on_full!r}.")
         if mask is not None and not isinstance(mask, Tensor) and not callable(mask):
@@ -138,7 +136,6 @@ class Tracer:
         self._budget = parse_bytes(budget)
         self._routers = gemma4.routers_by_layer(model)
         self._model, self._mask, self._on_full = model, mask, on_full
-        self._record = tuple(kind for kind in KINDS if kind in record)
         self.path = None if path is None else Path(path)
         self._rank = process_rank() if rank is None else rank
         self._owner = owns_the_decision(model)
@@ -159,6 +156,7 @@ class Tracer:
         self._held: tuple[Handover, Call, Any] | None = None
         self._scribe: Scribe | None = None
         self.calls = 0  # forwards seen
+        self.relabelled = 0  # documents whose labels were corrected or added
         self.label(**(labels or {}))
 
     def __enter__(self) -> "Tracer":
@@ -268,6 +266,15 @@ class Tracer:
             if value is None:
                 del merged[name]
         self._labels, self._doc_ids = merged, parse_doc_ids(doc_ids)
+
+    def relabel(self, labels: Mapping[int, Mapping[str, str]]) -> None:
+        """Correct or add labels of documents that the run holds, and make them durable.
+
+        Args:
+            labels: name -> value per document id.
+        """
+        self._store.relabel(labels)
+        self.relabelled += len(labels)
 
     def step(self, **inputs: Any) -> None:
         """Take the records of a forward that ran without Python, such as a replayed CUDA graph.

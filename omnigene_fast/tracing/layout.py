@@ -24,8 +24,24 @@ from .records import KINDS
 FORMAT = 1
 META, LOCK, CHECKSUM = "meta.json", "run.lock", "checksum"
 TEMPORARY = ".new"
-# What a reopened run must share with its meta.json; the rest (versions, dates) may differ between sessions.
-IDENTITY = ("format", "record", "layers", "num_experts", "top_k", "model", "config_hash")
+# What a reopened run must share with its meta.json, as far as both say it, and what to do where that differs; the rest
+# (versions, dates) may differ between sessions. Runs of before these were kept say less.
+IDENTITY = {
+    "weights_digest": "the checkpoint is another one or was changed: give the one that the run was made of",
+    "adapter_digest": "the adapter is another one or was changed: give the one that the run was made of",
+    "tokenizer_digest": "the tokenizer is another one or was changed: give the one that the run was made of",
+    "format": "",
+    "record": "record the same",
+    "max_length": "give the same length",
+    "layers": "",
+    "num_experts": "",
+    "top_k": "",
+    "model": "give the same model",
+    "config_hash": "give a model of the same config",
+    "dtype": "load the model in the same dtype",
+    "quantization": "quantise the model in the same way",
+    "numerics": "accelerate the model, or leave it stock, as in the run",
+}
 _BOOKKEEPING = re.compile(r"run\.lock|writer-\d+\.lock|meta\.json\.new")
 
 
@@ -137,17 +153,50 @@ def create_or_check(path: Path, meta: Mapping[str, Any]) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise FileExistsError(f"{path}: expected a directory for the run, got a file; choose another path.") from None
+        raise FileExistsError(_file_in_the_way(path)) from None
     _refuse_foreign(path)
     with locked(path):
         _refuse_foreign(path)
         if (path / META).exists():
-            if fault := meta_fault(path):
-                raise ValueError(fault)
-            _check_same(path, read_meta(path), meta)
+            _check_run(path, meta)
         else:
             write_file(path, META, json.dumps(add_checksum(meta), indent=2).encode() + b"\n")
             sync_directory(path)
+
+
+def check_target(path: Path, meta: Mapping[str, Any]) -> None:
+    """Raise what `create_or_check` would, as far as `meta` knows the run already; create nothing.
+
+    Raises:
+        FileExistsError, ValueError: as `create_or_check`.
+        PermissionError: a directory that this user may not write to.
+    """
+    if os.path.lexists(path) and not path.is_dir():
+        raise FileExistsError(_file_in_the_way(path))
+    check_place(path)
+    if path.is_dir():
+        _refuse_foreign(path)
+        if (path / META).exists():
+            _check_run(path, meta)
+
+
+def check_place(path: Path) -> None:
+    """Raise OSError, in a sentence, if `path` cannot be made where it is to be; create nothing.
+
+    Raises:
+        NotADirectoryError: something on the way is no directory.
+        PermissionError: the directory that is there already may not be written to.
+    """
+    there = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    parent = there if there.is_dir() else there.parent
+    if there != path and not there.is_dir():
+        raise NotADirectoryError(f"{path}: expected a path in a directory, but {there} is a file; choose another path.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: expected a place to write to, but {parent} is not; choose another path.")
+
+
+def _file_in_the_way(path: Path) -> str:
+    return f"{path}: expected a directory for the run, got a file; choose another path."
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -161,18 +210,30 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def _check_same(path: Path, found: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    if found.get("experts_by_layer") != meta.get("experts_by_layer"):
+def _check_run(path: Path, meta: Mapping[str, Any]) -> None:
+    if fault := meta_fault(path):
+        raise ValueError(fault)
+    found = read_meta(path)
+    if "layers" in meta and found.get("experts_by_layer") != meta.get("experts_by_layer"):
         raise ValueError(
             f"{path}: expected to append to a run with experts_by_layer {found.get('experts_by_layer')}, got"
             f" {meta.get('experts_by_layer')}; choose another path."
         )
-    for key in IDENTITY:
-        if key in found and key in meta and found[key] != meta[key]:
+    for key, way in IDENTITY.items():
+        if key in found and key in meta and found[key] != meta[key] and not _is_same_model(key, found, meta):
             raise ValueError(
                 f"{path}: expected to append to a run with {key} {found[key]!r}, got {meta[key]!r};"
-                " choose another path."
+                f"{f' {way}, or' if way else ''} choose another path."
             )
+
+
+def _is_same_model(key: str, found: Mapping[str, Any], meta: Mapping[str, Any]) -> bool:
+    """Whether two names stand for one model: of weights known by their digest, or two paths to one place."""
+    if key != "model":
+        return False
+    if all("weights_digest" in each for each in (found, meta)):
+        return True
+    return os.path.realpath(found[key]) == os.path.realpath(meta[key])
 
 
 def check_meta(meta: Mapping[str, Any], where: str) -> None:

@@ -13,6 +13,14 @@ KINDS = ("ids", "weights", "stats")  # what `record=` may name, beside the count
 STATISTICS = ("entropy", "mass", "margin")  # of the full softmax: nats; sum of the chosen; p_K - p_(K+1)
 
 
+def check_record(record: Sequence[str]) -> tuple[str, ...]:
+    """The kinds to record in the order of KINDS; ValueError if one is none of them."""
+    record = (record,) if isinstance(record, str) else tuple(record)
+    if set(record) - set(KINDS):
+        raise ValueError(f"record: expected some of {', '.join(KINDS)}, got {', '.join(map(repr, record))}.")
+    return tuple(kind for kind in KINDS if kind in record)
+
+
 def id_dtype(num_experts: int) -> type[np.unsignedinteger[Any]]:
     """uint8 for up to 254 experts, uint16 beyond: the two largest values are never experts."""
     return np.uint8 if num_experts <= 254 else np.uint16

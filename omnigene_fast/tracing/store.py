@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from . import layout, manifest
 from .checks import check_counts, check_records
-from .columns import DOCUMENT_ROWS, ROW_GROUP, docs_schema, encode, part_schema
+from .columns import DOCUMENT_ROWS, ROW_GROUP, blob_type, docs_schema, encode, part_schema
 from .documents import Documents, add_counts, gather, read_docs
 from .labels import check_labels, check_text
 from .records import KINDS, Records
@@ -180,6 +180,25 @@ class Writer:
             self._seq += 1
             self._label_names |= names
             self._advance(doc_ids)
+
+    def relabel(self, labels: Mapping[int, Mapping[str, str]]) -> None:
+        """Correct or add labels of documents that are held, durably; a value that is given later counts.
+
+        Args:
+            labels: name -> value per document id.
+
+        Raises:
+            ValueError, TypeError, OSError: as `add`.
+        """
+        none, L = np.empty(0, np.int64), len(self.meta["layers"])
+        blobs = {}
+        for kind in {"ids", *self.record}:
+            dtype, values = blob_type(kind, self.meta["num_experts"], self.meta["top_k"])
+            blobs[kind] = np.empty((L, 0, values), dtype)
+        records = Records(none, none.astype(np.int32), none.astype(np.int32), none.astype(np.uint8), **blobs)
+        with self._lock:
+            self.add(records, labels)
+            self.commit()
 
     def drop(self, tokens: int) -> None:
         """Note that so many tokens came and were not recorded: `Run.dropped` tells."""

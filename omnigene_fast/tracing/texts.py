@@ -1,7 +1,7 @@
 """Tracing a file of texts: `omnigene-fast trace`, in batches that a second run makes again, so that it can go on."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .capture import Tracer, trace
+from .documents import Documents
 from .labels import check_name, check_text
+from .lines import json_lines
 from .records import text_hash
 from .run import open_trace
 
@@ -33,26 +35,26 @@ def read_rows(path: str | Path, text: str = "text", labels: Sequence[str] = (), 
     """The rows of a JSON-lines file; documents are numbered by line, from 0.
 
     Args:
-        path: of the file, one JSON object per line; empty lines count and are left out.
+        path: of the file or pipe, one JSON object per line, as `lines.json_lines` reads them; empty lines count and are
+            left out.
         text: column with the text.
         labels: columns that become labels; numbers and booleans are taken as text, absent ones are left out.
         limit: rows to read, from the beginning.
 
     Raises:
         ValueError: no file, no row, a line that is not a JSON object, or without a text; a label that cannot be one.
+            The sentence names the file and the line.
     """
     path = Path(path)
     for name in labels:
         check_name(name)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise ValueError(f"data: expected a JSON-lines file, got {str(path)!r}.")
     rows: list[Row] = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            if limit is not None and len(rows) == limit:
-                break
-            if line.strip():
-                rows.append(_row(number, line, text, labels))
+    for number, where, entry in json_lines(path, "data"):
+        rows.append(_row(number, where, entry, text, labels))
+        if len(rows) == limit:
+            break  # what follows is not read, and may be no JSON yet
     if not rows:
         raise ValueError(f"data: expected at least one row, got none in {str(path)!r}.")
     missing = [name for name in labels if not any(name in row.labels for row in rows)]
@@ -61,23 +63,46 @@ def read_rows(path: str | Path, text: str = "text", labels: Sequence[str] = (), 
     return rows
 
 
-def _row(number: int, line: str, text: str, labels: Sequence[str]) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"data: expected one JSON object per line, line {number + 1} is not JSON ({error}).") from None
-    if not isinstance(row, dict) or not isinstance(row.get(text), str):
-        got = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"data: expected a JSON object with a text {text!r} in line {number + 1}, got {got}.")
+def _row(number: int, where: str, row: Any, text: str, labels: Sequence[str]) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{where}: expected a JSON object, got {type(row).__name__}; every line is read as one object."
+        )
+    if text not in row:
+        raise ValueError(
+            f"{where}: expected a text in the column {text!r}, got only {', '.join(map(repr, row)) or 'no columns'};"
+            " name the one with the text by --text-col."
+        )
+    value = row[text]
+    if not isinstance(value, str):
+        got = "null" if value is None else type(value).__name__
+        raise ValueError(
+            f"{where}: expected a text in the column {text!r}, got {got}; leave the line out, or name another column by"
+            " --text-col."
+        )
+    _check_encodable(value, f"{where}: expected the text in the column {text!r}")
     found = {}
     for name in labels:
-        value = row.get(name)
-        if isinstance(value, (str, int, float)):
-            found[name] = value if isinstance(value, str) else json.dumps(value)
-            check_text(found[name], f"labels: expected the value of {name!r} in line {number + 1}")
-        elif value is not None:
-            raise ValueError(f"labels: expected text or a number in {name!r} of line {number + 1}, got {value!r}.")
-    return Row(number, row[text], found)
+        label = row.get(name)
+        if isinstance(label, (str, int, float)):
+            found[name] = label if isinstance(label, str) else json.dumps(label)
+            check_text(found[name], f"{where}: expected the value of the label {name!r}")
+        elif label is not None:
+            raise ValueError(
+                f"{where}: expected text or a number in the label {name!r}, got {label!r}; leave --label-col {name}"
+                " out, or write it as text."
+            )
+    return Row(number, value, found)
+
+
+def _check_encodable(text: str, expected: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{expected} to be Unicode, got the lone surrogate U+{ord(text[error.start]):04X} at character"
+            f" {error.start + 1}; put U+FFFD in its place, or leave the line out."
+        ) from None
 
 
 def trace_texts(
@@ -93,6 +118,8 @@ def trace_texts(
     **options: Any,
 ) -> Tracer:
     """Run texts through `model` under a trace, each a document; rows that the run holds already are left out.
+
+    Their texts are compared with the run's, and their labels are corrected and added where the rows have others.
 
     Batches are made of all rows, in windows sorted by length, whether a run is new or continued: with the same
     arguments an interrupted run ends as one that was not.
@@ -112,18 +139,22 @@ def trace_texts(
         the closed `Tracer`, whose `tokens` are 0 if the run held all rows.
 
     Raises:
-        ValueError: a text without tokens, a run that holds other texts under these numbers, or what `trace` raises.
+        ValueError: a text without tokens; a run that holds other texts under these numbers, more of them, or labels
+            that the rows lack; or what `trace` raises.
     """
     device = next(model.parameters()).device
     names = sorted({name for row in rows for name in row.labels})
     tracer = trace(model, path, **options)
     with torch.no_grad(), tracer:
         held = open_trace(path).gathered
-        done = dict(zip(held.doc_ids.tolist(), held.text_hash.tolist(), strict=True))
+        corrected = _check_held(rows, held, encode, max_length, path)
+        if corrected:
+            tracer.relabel(corrected)
+        done = set(held.doc_ids.tolist())
         total = sum(row.number not in done for row in rows)
         with tqdm(total=total, desc="tracing", unit="text", disable=not progress) as bar:
             for batch in _batches(rows, encode, max_length, batch_tokens):
-                todo = [(row, ids) for row, ids in batch if not _is_held(row, ids, done, path)]
+                todo = [(row, ids) for row, ids in batch if row.number not in done]
                 if not todo:
                     continue
                 tracer.label(
@@ -138,15 +169,45 @@ def trace_texts(
     return tracer
 
 
-def _is_held(row: Row, ids: list[int], done: Mapping[int, Any], path: str | Path) -> bool:
-    if row.number not in done:
-        return False
-    if done[row.number] not in (None, text_hash(np.array(ids, np.int32))):
+def _check_held(
+    rows: Sequence[Row], held: Documents, encode: Encode, max_length: int, path: str | Path
+) -> dict[int, dict[str, str]]:
+    """Compare the rows with the documents that the run holds, before a model sees one.
+
+    Returns:
+        Labels to correct or to add, name -> value per document.
+
+    Raises:
+        ValueError: documents without a row, another text, a label that a document has and its row has not.
+    """
+    numbered = {row.number: row for row in rows}
+    lost = next((number for number in held.doc_ids.tolist() if number not in numbered), None)
+    if lost is not None:
         raise ValueError(
-            f"data: expected the texts that {str(path)!r} was made of, got another one in line {row.number + 1}; give"
-            " the same file, tokenizer and length, or another path."
+            f"data: expected the texts that {str(path)!r} was made of, got none in line {lost + 1}; give the same file"
+            " and no smaller limit, or another path."
         )
-    return True
+    known = [numbered[number] for number in held.doc_ids.tolist()]
+    for start in range(0, len(known), WINDOW):
+        window = known[start : start + WINDOW]
+        encoded = encode([row.text for row in window])
+        for row, ids, there in zip(window, encoded, held.text_hash[start : start + WINDOW], strict=True):
+            if there not in (None, text_hash(np.array(ids[:max_length], np.int32))):
+                raise ValueError(
+                    f"data: expected the texts that {str(path)!r} was made of, got another one in line"
+                    f" {row.number + 1}; give the same file, tokenizer and length, or another path."
+                )
+    corrected = {}
+    for row, there in zip(known, held.label_rows(), strict=True):
+        gone = next((name for name in there if name not in row.labels), None)
+        if gone is not None:
+            raise ValueError(
+                f"labels: expected the label {gone!r}, which {str(path)!r} holds of line {row.number + 1}, got none: a"
+                f" label is corrected or added, not taken away; give --label-col {gone} and its value, or another path."
+            )
+        if row.labels != there:
+            corrected[row.number] = {name: value for name, value in row.labels.items() if there.get(name) != value}
+    return corrected
 
 
 def _batches(
@@ -157,7 +218,7 @@ def _batches(
         encoded = [ids[:max_length] for ids in encode([row.text for row in window])]
         empty = next((row for row, ids in zip(window, encoded, strict=True) if not ids), None)
         if empty is not None:
-            raise ValueError(f"data: expected texts with tokens, got none in line {empty.number + 1}.")
+            raise ValueError(f"data: expected texts with tokens, got none in line {empty.number + 1}; leave it out.")
         batch: list[tuple[Row, list[int]]] = []
         longest = 0
         for row, ids in sorted(zip(window, encoded, strict=True), key=lambda pair: (len(pair[1]), pair[0].number)):

@@ -182,7 +182,7 @@ class _Check:
             )
 
     def _compare_texts(self, table: pa.Table, docs: Path) -> Iterator[str]:
-        ids = table["doc_id"].to_numpy()
+        ids, tokens = table["doc_id"].to_numpy(), table["n_tokens"].to_numpy()
         for row in np.flatnonzero(np.isin(ids, self._shared)).tolist():
             for name in table.column_names:
                 value = table[name][row].as_py()
@@ -190,10 +190,11 @@ class _Check:
                     continue
                 earlier, file = self._texts.setdefault((int(ids[row]), name), (value, docs.name))
                 if earlier != value:
-                    yield (
-                        f"{docs}: document {ids[row]} has {name.removeprefix(LABEL)} {value!r}, but {earlier!r} in"
-                        f" {file}; the later one is used."
-                    )
+                    if tokens[row] or name == "text_hash":  # without tokens a label is corrected: `Writer.relabel`
+                        yield (
+                            f"{docs}: document {ids[row]} has {name.removeprefix(LABEL)} {value!r}, but {earlier!r} in"
+                            f" {file}; the later one is used."
+                        )
                     self._texts[int(ids[row]), name] = value, docs.name
 
     def _note_spans(self, records: Records, segment: int) -> None:

@@ -1,6 +1,5 @@
 """What the formats share: what a run says of itself, JSON lines, numpy files."""
 
-import json
 import os
 import zipfile
 import zlib
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import layout
+from .. import layout, lines
 from ..records import unrouted_fault
 
 if TYPE_CHECKING:
@@ -88,21 +87,11 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: a line that is not JSON, such as the last one of a truncated file, or holds something else.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a file of JSON lines, got a directory.")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: expected a JSON object, got {layout.first_line(error)}.") from None
-            for item in entry if isinstance(entry, list) else [entry]:
-                if not isinstance(item, dict):
-                    raise ValueError(f"{where}: expected a JSON object, got {type(item).__name__}.")
-                yield where, item
+    for _, where, entry in lines.json_lines(path, "source"):
+        for item in entry if isinstance(entry, list) else [entry]:
+            if not isinstance(item, dict):
+                raise ValueError(f"{where}: expected a JSON object, got {type(item).__name__}.")
+            yield where, item
 
 
 def own_part(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
