@@ -81,7 +81,9 @@ def _ninja_escape(text: str) -> str:
 
 setup(
     packages=find_namespace_packages(include=["omnigene_fast*"]),
-    package_dir={"": "."},
+    # Naming the two folders keeps an editable install from putting the checkout on sys.path, where `import kernels`,
+    # which transformers tries for the package of that name, would find ours.
+    package_dir={"": ".", "omnigene_fast.kernels": "kernels", "omnigene_fast.bench": "bench"},
     package_data={
         "omnigene_fast": ["py.typed"],
         "omnigene_fast.kernels": ["tuned/*.json"],
