@@ -202,7 +202,10 @@ class _Trainer(Trainer):
         on_cpu = self.args.use_cpu and state.distributed_type == DistributedType.MULTI_CPU
         if self.args.fsdp and on_cpu:
             state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if self.accelerator.mixed_precision != "no":  # as accelerate does, which makes what is trained float32
+                plugin.set_mixed_precision(self.accelerator.mixed_precision)
+            state.fsdp_plugin = plugin
             self.is_fsdp_enabled = True
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
