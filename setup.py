@@ -79,11 +79,22 @@ def _ninja_escape(text: str) -> str:
     return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+# Naming these folders keeps an editable install from putting the checkout on sys.path, where `import kernels`, which
+# transformers tries for the package of that name, would find ours.
+FOLDERS = {"omnigene_fast.kernels": "kernels", "omnigene_fast.bench": "bench"}
+INSIDE = [
+    f"{name}.{package}"
+    for name, folder in FOLDERS.items()
+    for package in find_namespace_packages(folder, exclude=["results*", "predictions*", "tuned*"])
+]
+
 setup(
-    packages=find_namespace_packages(include=["omnigene_fast*"]),
-    # Naming the two folders keeps an editable install from putting the checkout on sys.path, where `import kernels`,
-    # which transformers tries for the package of that name, would find ours.
-    package_dir={"": ".", "omnigene_fast.kernels": "kernels", "omnigene_fast.bench": "bench"},
+    packages=[
+        *find_namespace_packages(include=["omnigene_fast*"], exclude=[f"{name}*" for name in FOLDERS]),
+        *FOLDERS,
+        *INSIDE,
+    ],
+    package_dir={"": ".", **FOLDERS},
     package_data={
         "omnigene_fast": ["py.typed"],
         "omnigene_fast.kernels": ["tuned/*.json"],

@@ -106,6 +106,36 @@ print(spec.origin if spec else None, is_kernels_available(), bool(installed))
     assert os.readlink(ROOT / "omnigene_fast/kernels") == "../kernels"
 
 
+def test_an_editable_install_exposes_omnigene_fast_alone(tmp_path):
+    """From outside the checkout `import kernels`, which transformers tries, finds nothing of ours; ours is there."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    junk = shutil.ignore_patterns("__pycache__", "*.so", "build", "*.egg-info", "results")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=junk)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    build = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    run(sys.executable, "-c", build, cwd=source, **NO_COMPILER)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    script = f"""
+import importlib, importlib.util, pathlib, site, sys
+site.addsitedir({str(site)!r})
+sys.meta_path.sort(key=lambda finder: "editable" not in getattr(finder, "__module__", ""))
+source = pathlib.Path({str(source)!r})
+for name in ("kernels", "bench", "tests", "csrc"):
+    spec = importlib.util.find_spec(name)
+    found = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    assert not any(str(source) in str(path) for path in found), (name, found)
+for name in ("omnigene_fast", "omnigene_fast.kernels.tables", "omnigene_fast.bench.timing"):
+    assert source in pathlib.Path(importlib.util.find_spec(name).origin).parents, name
+"""
+    run(sys.executable, "-c", script, cwd=tmp_path)
+
+
 def test_importing_needs_neither_triton_nor_a_gpu():
     """torch itself looks for triton; ours must import without it, and must not load its kernels."""
     script = """

@@ -28,6 +28,7 @@ SHORT = ["--steps", "4", "--length", "48", "--rank", "4", "--lr", "2e-3", "--dty
 CASES = {
     "ddp": [],
     "fsdp2": ["--compare", "--fsdp"],
+    "fsdp2, bfloat16": ["--compare", "--fsdp", "--dtype", "bfloat16"],
     "fsdp2, experts full": ["--fsdp", "--experts", "full"],
     "fsdp2, experts lora": ["--fsdp", "--experts", "lora"],
     "another order": ["--seed", "1"],
@@ -170,6 +171,13 @@ def test_the_first_process_alone_writes(path, outcome):
     made = {file.name for file in (path / "ddp").iterdir()}
     assert made == {"data.jsonl", "model", "loss.png", "result.json"}
     assert json.loads((path / "fsdp2" / "result.json").read_text())["title"].endswith("2 processes by FSDP2")
+
+
+def test_sharded_in_bfloat16_it_trains_as_in_float32(outcome):
+    exact, rounded = outcome["losses"]["fsdp2"], outcome["losses"]["fsdp2, bfloat16"]
+    assert set(rounded) == {"stock", "accelerated"}
+    for way, losses in rounded.items():
+        assert losses == pytest.approx(exact[way], rel=0.02), way
 
 
 def test_what_accelerate_does_not_shard_is_not_trained(outcome):
