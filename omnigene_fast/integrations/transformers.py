@@ -69,7 +69,10 @@ def accelerate(
         `model.to(dtype)` still changes; the 8 bits and the scales stay. The experts require no gradient
         any more (`model.requires_grad_(True)` raises), so build the optimizer afterwards; LoRA on them trains, and its
         factors are float32 unless they were there before. Merging such an adapter brings the experts that it adapts
-        back to the model's dtype. Only this package's experts implementation can run them. Rounding needs, besides the
+        back to the model's dtype. Other tools see weights: arithmetic reads float(stored) * scale, and what is written
+        (EMA, merging, weight surgery) is rounded anew, row by row; rows that did not change keep their bits, and a part
+        of a row cannot be written on its own. The dtype stays that of the bits, so an experts implementation that casts
+        its input to it (grouped_mm) is refused; eager runs, slowly. Rounding needs, besides the
         model, the 8 bits of one layer and float32 copies of one expert; if memory runs out in between, the model runs
         as it is and a second call goes on.
 
