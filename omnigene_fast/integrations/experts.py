@@ -38,6 +38,7 @@ _ACTIVATIONS: dict[type, str] = {
     nn.SiLU: "silu",
 }
 _PLAIN = (nn.Parameter, Tensor)
+_SHORT_INTEGERS = (torch.int8, torch.int16, torch.uint8, torch.uint16, torch.uint32)
 _FUNCTIONS = {nn.functional.silu: "silu"}  # LFM2-MoE's experts hold the function
 
 
@@ -67,7 +68,7 @@ def experts_forward(
         hidden_states: [T, H], any floating dtype; computed in the dtype of the weights, as under autocast, or in
             that of the model where the weights are stored in 8 bits.
         top_k_index: [T, K] integer.
-        top_k_weights: [T, K], any floating dtype.
+        top_k_weights: [T, K], any floating dtype, integer or bool.
         lora: low-rank updates by the name of their parameter, as `integrations.peft` hands them down.
 
     Returns:
@@ -82,6 +83,10 @@ def experts_forward(
         return _stock_forward(self, hidden_states, top_k_index, top_k_weights)
     gate_up_proj, gate_up_lora = _projection(self, "gate_up_proj", lora)
     down_proj, down_lora = _projection(self, "down_proj", lora)
+    if top_k_index.dtype in _SHORT_INTEGERS:  # a hook on the router may return what transformers' kernels take
+        top_k_index = top_k_index.long()
+    if not top_k_weights.dtype.is_floating_point:  # 0 and 1, or whether
+        top_k_weights = top_k_weights.float()
     record = self.__dict__.get(RECORD, UNTOUCHED)
     gate_up_scale = down_scale = None
     if lowbit.bits(self) is None:
@@ -179,11 +184,16 @@ def check_weights(experts: nn.Module, *weights: Any) -> None:
     if lowbit.bits(experts) is not None:
         return
     for name, weight in zip(lowbit.PROJECTIONS, weights, strict=False):
-        kind = type(weight)
-        if kind not in _PLAIN and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not _is_known(kind):
-            raise _refusal(experts, f"its {name} is a {kind.__name__}, which another tool quantises or packs")
+        if is_packed(weight):
+            raise _refusal(experts, f"its {name} is a {type(weight).__name__}, which another tool quantises or packs")
         if weight.dtype not in ops.DTYPES:
             raise _refusal(experts, f"its {name} is stored as {weight.dtype}")
+
+
+def is_packed(weight: Any) -> bool:
+    """Whether `weight` is a tensor of another tool, which may look like a floating one (torchao)."""
+    kind = type(weight)
+    return kind not in _PLAIN and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not _is_known(kind)
 
 
 def _is_known(kind: type) -> bool:

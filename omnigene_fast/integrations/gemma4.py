@@ -3,6 +3,8 @@
 It is an instance attribute, so that the class, its hooks and transformers' output recording stay as they are.
 """
 
+import functools
+import logging
 import re
 from typing import Any
 
@@ -12,6 +14,9 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4Text
 
 from .. import ops
 from .bound import BoundMethod, is_unhooked
+from .experts import is_packed
+
+logger = logging.getLogger("omnigene_fast")
 
 # Instance attribute of an accelerated router: None, or its ops.TraceBuffers while a traced call runs. It is always
 # there, because a compiled graph notices a value that changes, and not an attribute that appears.
@@ -98,6 +103,34 @@ def uninstall(module: nn.Module) -> None:
     if _is_ours(module.__dict__.get("_old_forward")):
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
     module.__dict__.pop(TRACE, None)
+
+
+def warn_of_quantised(routers: list[Any]) -> None:
+    """Say once if the projection of a router, or the one inside its LoRA, is quantised."""
+    for router in routers:
+        proj = router.proj
+        while isinstance(getattr(proj, "base_layer", None), nn.Module):
+            proj = proj.base_layer
+        weight = getattr(proj, "weight", None)
+        # bitsandbytes keeps floating weights until the model moves to the GPU.
+        if isinstance(weight, Tensor) and (
+            not weight.dtype.is_floating_point
+            or weight.element_size() == 1
+            or is_packed(weight)
+            or type(proj).__module__.startswith("bitsandbytes.")
+        ):
+            _say_that_it_is_quantised(type(proj).__name__)
+            return
+
+
+@functools.cache
+def _say_that_it_is_quantised(kind: str) -> None:
+    logger.warning(
+        "router.proj is quantised (%s): tokens near a tie go to other experts than in the model that was trained; load"
+        ' it with llm_int8_skip_modules=["router.proj", "lm_head"] in BitsAndBytesConfig (4 and 8 bits), or leave it'
+        " out in the tool that quantised it.",
+        kind,
+    )
 
 
 def _is_ours(forward: Any) -> bool:

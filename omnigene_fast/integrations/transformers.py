@@ -26,6 +26,7 @@ def accelerate(
     save: str = "preactivation",
     backend: str = "auto",
     experts_dtype: str | None = None,
+    routers_only: bool = False,
 ) -> Model:
     """Run a transformers model's mixture-of-experts layers on this package's operators, in place.
 
@@ -51,6 +52,8 @@ def accelerate(
             in 8 bits with a float32 scale per row: half the memory of bfloat16, at an error that "Experts in 8 bits"
             below describes. Of the 26B-A4B's text model that leaves 27.6 GB instead of 50.5: where only 27.6 fit, load
             it into main memory, call this, then `model.to("cuda")`.
+        routers_only: True leaves the experts to transformers, for tools that look at the parts of an expert, and
+            accelerates Gemma-4's routers alone; experts that an earlier call switched are switched back.
 
     Returns:
         `model` itself.
@@ -59,7 +62,8 @@ def accelerate(
         TypeError: `model` is not a module.
         ValueError: an unknown option, no mixture-of-experts layer, or one that these operators cannot serve; weights
             that cannot be stored in 8 bits: not finite, of another quantisation, sharded, offloaded, shared, merged
-            with an adapter, with a gradient, or in the other format. The model is then left as it was.
+            with an adapter, with a gradient, or in the other format; with `routers_only`, no router of Gemma-4, or
+            experts in 8 bits. The model is then left as it was.
 
     Experts in 8 bits:
         The weight is float(stored) * scale of its row: int8 errs by at most half of amax / 127 of the row, fp8 by at
@@ -103,6 +107,8 @@ def accelerate(
             "model: expected a transformers model with mixture-of-experts layers,"
             f" got a {type(model).__name__} with none."
         )
+    if routers_only:
+        return _accelerate_routers(model, experts, numerics=numerics, backend=backend, experts_dtype=experts_dtype)
     for module in experts:
         activation_of(module)
     scales = {} if experts_dtype is None else lowbit.plan(model, experts, experts_dtype)
@@ -114,6 +120,7 @@ def accelerate(
 
     # Every check is behind us: nothing below this line can fail half way (but memory can run out in `store`, which is
     # last and leaves a model that runs).
+    gemma4.warn_of_quantised(routers)
     switched = [*experts, *_owners(model)]
     before = [_implementation_before(module) for module in switched]
     for module, name in zip(switched, before, strict=True):
@@ -126,6 +133,37 @@ def accelerate(
     peft.watch()
     if experts_dtype is not None:
         lowbit.store(scales, experts_dtype)
+    return model
+
+
+def _accelerate_routers(
+    model: Model, experts: list[nn.Module], *, numerics: str, backend: str, experts_dtype: str | None
+) -> Model:
+    """`accelerate(model, routers_only=True)`: the experts as transformers runs them."""
+    from . import gemma4
+
+    routers = [module for module in model.modules() if gemma4.is_router(module)]
+    if not routers:
+        raise ValueError(
+            f"routers_only: expected a model with routers of Gemma-4, got a {type(model).__name__} with none; call"
+            " accelerate without it, which serves the experts."
+        )
+    if experts_dtype is not None:
+        raise ValueError(
+            f"routers_only: expected no experts_dtype beside it, got {experts_dtype!r}, which only this package's"
+            " experts can run; leave one of the two out."
+        )
+    if any(lowbit.bits(module) is not None for module in experts):
+        raise ValueError(
+            "routers_only: expected experts in the model's dtype, got experts stored in 8 bits, which only this"
+            " package's experts can run; call omnigene_fast.restore(model) first."
+        )
+    slots = [gemma4.forward_slot(router) for router in routers]
+    gemma4.warn_of_quantised(routers)
+    for module in model.modules():
+        _release_experts(module)
+    for router, slot in zip(routers, slots, strict=True):
+        gemma4.install(router, slot, numerics=numerics, backend=backend)
     return model
 
 
@@ -148,17 +186,23 @@ def restore(model: Model) -> Model:
     lowbit.thaw_all(model.modules(), frozen=peft.has_adapters(model))
     for module in model.modules():
         gemma4.uninstall(module)
-        peft.uninstall(module)
-        record = module.__dict__.pop(RECORD, None)
-        if (record or is_experts(module) or isinstance(module, PreTrainedModel)) and implementation(module) == NAME:
-            _set_implementation(module, (record or UNTOUCHED).implementation)
+        _release_experts(module)
     return model
+
+
+def _release_experts(module: nn.Module) -> None:
+    """Undo what `accelerate` did to `module`, unless it is a router."""
+    peft.uninstall(module)
+    record = module.__dict__.pop(RECORD, None)
+    if (record or is_experts(module) or isinstance(module, PreTrainedModel)) and implementation(module) == NAME:
+        _set_implementation(module, (record or UNTOUCHED).implementation)
 
 
 def served(model: nn.Module) -> tuple[int, int]:
     """How many of a model's Gemma-4 routers and experts modules run on this package's operators, and how many it has.
 
-    After `accelerate` the two are equal, after `restore` the first is 0.
+    After `accelerate` the two are equal (with `routers_only`, the first counts the routers), after `restore` the first
+    is 0.
     """
     from . import gemma4
 

@@ -174,9 +174,11 @@ _WATCHES = "_omnigene_fast_watches"
 _HOOK = -1  # torch counts its own from 0
 
 
-def put_hook(module: Any, hook: Callable[..., Any]) -> None:
-    """Register a forward hook under a number that is the same each time."""
+def put_hook(module: Any, hook: Callable[..., Any], *, first: bool = False) -> None:
+    """Register a forward hook under a number that is the same each time; `first`: before those that are there."""
     module._forward_hooks[_HOOK] = hook
+    if first:
+        module._forward_hooks.move_to_end(_HOOK, last=False)
 
 
 def take_hook(module: Any) -> None:

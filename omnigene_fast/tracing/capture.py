@@ -193,7 +193,8 @@ class Tracer:
             router.__dict__[_HOOKED] = id(router)  # a copy of the model is not traced
         self._hooked = stock
         for router in stock:
-            put_hook(router, _record_by_hook)
+            # Before hooks that change the output: the record is the router's decision, as an accelerated one's gate is.
+            put_hook(router, _record_by_hook, first=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None

@@ -14,6 +14,7 @@ LAUNCHING = [
     "test_combine.py",
     "test_dispatch.py",
     "test_expert_backward.py",
+    "test_expert_counts.py",
     "test_expert_forward.py",
     "test_expert_low_bits.py",
     "test_expert_strides.py",
