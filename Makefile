@@ -1,5 +1,6 @@
 # make demo   create .venv, install everything, run the demo
 # make test   the same install, then ruff, mypy and the whole test suite
+# make versions  a minute with the oldest and the newest versions that are admitted, in environments of their own
 # make bench  measure this machine; rows and plot in bench/results
 # make examples  the OmniGene-4 workflow on a small model; out/index.html shows what came of it
 # make kernels  compile every GPU kernel, without a GPU, and write docs/kernels.md
@@ -16,7 +17,7 @@ CPU_TORCH := $(shell sed -n 's/^torch==//p' constraints-cpu.txt)
 # Without a GPU, a CPU build of torch and nothing of CUDA: from the configured index if it offers one, else from PyTorch's.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: demo test lint typecheck pytest bench tables kernels examples install clean
+.PHONY: demo test versions lint typecheck pytest bench tables kernels examples install clean
 
 demo: $(INSTALLED)
 	$(BIN)/omnigene-fast demo
@@ -32,6 +33,10 @@ typecheck: $(INSTALLED)
 
 pytest: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+
+versions:
+	tests/versions/run.sh oldest
+	tests/versions/run.sh newest
 
 bench: $(INSTALLED)
 	$(BIN)/omnigene-fast bench --out $(RESULTS)
@@ -71,6 +76,6 @@ endif
 	@echo "installed in $(VENV)"
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f omnigene_fast/_cpu*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -143,7 +143,7 @@ def bench(
     if not out.parent.is_dir():
         raise ValueError(f"--out: expected a file in an existing directory, got {out}.")
     before = report.load(out) if merge and out.exists() else []
-    environment = information.environment(torch_device, settings.dtype, backend)
+    environment, remark = information.environment(torch_device, settings.dtype, backend), information.busy()
     report.check_mergeable(before, environment | runner.setting(settings.shape, settings.dtype))
     with tqdm(total=len(settings.cases()), unit="case") as bar:
 
@@ -156,6 +156,8 @@ def bench(
     report.save(kept, out)
     click.echo(report.console(rows))
     lost = report.losses(rows)
+    if remark:
+        click.echo(f"{remark}\n")
     click.echo("where we lose\n" + "\n".join(f"  {line}" for line in lost or ["nowhere in these rows"]))
     try:
         plots = plot.plot(kept, out.with_suffix(".png"))

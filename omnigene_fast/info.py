@@ -68,6 +68,21 @@ def report() -> str:
     return "\n".join(lines).rstrip()
 
 
+def busy() -> str | None:
+    """A remark if other work keeps this machine's cores busy, so that times and their ratios mislead; to ask before."""
+    try:
+        load = os.getloadavg()[0]  # of the last minute
+    except (AttributeError, OSError):  # not on this system
+        return None
+    cores = os.cpu_count() or 1
+    if load < max(0.5, 0.25 * cores):
+        return None
+    return (
+        f"this machine was busy (load {load:.1f} on {cores} cores before this began): times and speed-ups are not those"
+        " of a quiet one, on which they should be measured again"
+    )
+
+
 def trace_report(path: Path) -> str:
     """The text of `omnigene-fast info RUN`: what a router trace holds."""
     from .tracing.run import open_trace

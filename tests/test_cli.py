@@ -124,3 +124,15 @@ def test_bench_out_may_be_a_folder(tmp_path):
     assert result.exit_code == 0, result.output
     (path,) = tmp_path.glob("*.json")
     assert path.stem.startswith(("cpu-", "gpu-"))
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.1, False), (7.3, True), (None, False)])
+def test_a_busy_machine_is_remarked(monkeypatch, load, said):
+    def average():
+        if load is None:
+            raise OSError("no /proc")
+        return load, 0.0, 0.0
+
+    monkeypatch.setattr(info.os, "getloadavg", average)
+    assert (info.busy() is not None) == said
+    assert not said or "load 7.3 on" in info.busy()

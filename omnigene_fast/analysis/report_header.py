@@ -12,8 +12,8 @@ from .report_tables import Tables
 
 UNKNOWN = "not recorded"
 WEIGHTS = {
-    "tokens": "The documents of a group are pooled by their tokens: a long one counts for more.",
-    "documents": "The documents of a group have equal weights, however long they are.",
+    "tokens": "The documents of a {noun} are pooled by their tokens: a long one counts for more.",
+    "documents": "The documents of a {noun} have equal weights, however long they are.",
 }
 TERMS = (
     "<b>nats</b>: the unit of divergence and entropy with the natural logarithm. <b>[a, b]</b>: 95 % interval."
@@ -41,7 +41,7 @@ def header(t: Tables, findings: Sequence[str]) -> str:
         f"In {where} of this model a router sends every token to {run.top_k} of {run.num_experts} small networks, the"
         f" experts. This report shows which experts {shown} and how sure one can be of it.{group}"
     )
-    intro += f" {WEIGHTS[weights_of(run)]}"
+    intro += f" {WEIGHTS[weights_of(run)].format(noun=t.noun)}"
     if len(t.names) > 1:
         intro += f" It compares {len(t.names)} runs, in the order given."
     return "\n".join(

@@ -37,7 +37,7 @@ details { margin: 10px 0 0; }
 summary { cursor: pointer; font-size: 14px; color: #00559b; overflow-wrap: anywhere; }
 .scroll { overflow: auto; max-height: 420px; margin: 8px 0; border: 1px solid #e4e8ec; border-radius: 6px; }
 table { border-collapse: collapse; font-size: 13px; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 12px; text-align: left; white-space: nowrap; border-bottom: 1px solid #eef1f4; }
+th, td { padding: 5px 9px; text-align: left; white-space: nowrap; border-bottom: 1px solid #eef1f4; }
 td { max-width: 340px; overflow: hidden; text-overflow: ellipsis; }
 .wrap td { white-space: normal; overflow-wrap: anywhere; min-width: 110px; vertical-align: top; }
 th { position: sticky; top: 0; background: #f6f7f9; font-weight: 600; }

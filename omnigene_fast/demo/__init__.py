@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ..info import busy
 from ..tracing.layout import check_place
 from . import compare, layer
 from .audit import missing_packages
@@ -39,7 +40,7 @@ def run(
         ValueError: `checkpoint` is not a checkpoint directory or has no mixture-of-experts layer.
         FileExistsError: `out` exists.
     """
-    size = size or Size()
+    size, remark = size or Size(), busy()
     audited = out if train and checkpoint is None else None
     if audited is not None:
         if audited.exists():
@@ -70,7 +71,7 @@ def run(
     if true_shape:
         summary.append(layer.true_shape(device))
     print("summary")
-    for line in summary:
+    for line in [*summary, *([remark] if remark else [])]:
         print(f"  {line}")
     if audited is not None and (audited / "report.html").exists():
         print(f"\nrouter audit, before and after the training:\n{audited / 'report.html'}")

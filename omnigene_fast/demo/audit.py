@@ -17,7 +17,15 @@ def missing_packages() -> list[str]:
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
-def trace_families(model: Any, path: Path, texts: dict[str, list[str]], length: int, title: str, **options: Any) -> Run:
+def trace_families(
+    model: Any,
+    path: Path,
+    texts: dict[str, list[str]],
+    length: int,
+    title: str,
+    note: str | None = None,
+    **options: Any,
+) -> Run:
     """Trace the byte tokens of `texts` (family -> texts) through `model`; the families become the label "task".
 
     Args:
@@ -26,6 +34,7 @@ def trace_families(model: Any, path: Path, texts: dict[str, list[str]], length: 
         texts: family -> texts; documents are numbered in their order, so that runs of several models pair up.
         length: bytes of a text that are kept, with the BOS.
         title: the model's name in the run.
+        note: what a reader of the report has to know of it.
         options: of `trace`.
     """
     rows = [(family, text) for family, each in texts.items() for text in each]
@@ -37,7 +46,7 @@ def trace_families(model: Any, path: Path, texts: dict[str, list[str]], length: 
         pad=PAD,
         max_length=length,
         progress=True,
-        meta={"model": title, "tokenizer": "bytes"},
+        meta={"model": title, "tokenizer": "bytes", **({} if note is None else {"note": note})},
         **options,
     )
     return open_trace(path)

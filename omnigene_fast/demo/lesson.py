@@ -74,11 +74,15 @@ def learn(device: torch.device, size: Size, lesson: Lesson | None = None, out: P
     before, runs = _losses(model, held_out), []
     traced = {name: family[-lesson.traced :] for name, family in texts.items()}
     if out is not None:
-        runs.append(audit.trace_families(model, out / "before", traced, lesson.length, "the small model, untrained"))
+        note = "random weights: what differs here is what the texts' bytes are"
+        runs.append(
+            audit.trace_families(model, out / "before", traced, lesson.length, "the small model, untrained", note)
+        )
     ours = train(model, samples, plan(lesson.steps, lesson.seconds), pad=PAD, title="accelerated")
     after = _losses(model, held_out)
     if out is not None:
-        runs.append(audit.trace_families(model, out / "after", traced, lesson.length, "the small model, trained"))
+        note = f"trained from random weights in {len(ours.losses)} steps: an example, no finding"
+        runs.append(audit.trace_families(model, out / "after", traced, lesson.length, "the small model, trained", note))
     stock = train(stock_model, samples, plan(lesson.compared, lesson.seconds / 2), pad=PAD, title="stock")
 
     apart = max(abs(a - b) / abs(a) for a, b in zip(stock.losses, ours.losses, strict=False))
