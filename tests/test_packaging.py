@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def wheel(tmp_path_factory):
             shutil.copy(ROOT / name, source / name)
     run(sys.executable, "-c", f"from setuptools.build_meta import build_sdist; build_sdist({str(out)!r})", cwd=source)
     (sdist,) = out.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        inside = {Path(name).parts[1] for name in archive.getnames() if len(Path(name).parts) > 1}
+    assert not inside & {"tests", "Makefile", "examples", "docs"}, "all of them or none: they belong to the checkout"
     pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(out))
     run(*pip, str(sdist), cwd=out, **NO_COMPILER)
     (built,) = out.glob("*.whl")
