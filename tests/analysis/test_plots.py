@@ -197,13 +197,14 @@ def test_bars_have_the_value_and_its_interval():
 def test_routes_are_wider_for_more_tokens_and_darker_for_more_lift():
     table = pd.DataFrame(
         {"run": "base", "layer": [0, 1], "expert": [5, 2], "next_layer": [1, 2], "next_expert": [2, 7]}
-        | {"share": [0.1, 0.4], "lift": [8.0, 2.0]}
+        | {"share": [0.1, 0.4], "lift": [8.0, 2.0], "q_value": [0.01, 0.3]}
     )
     figure = plots.routes(table, 8)
     first, second, scale = figure.data
     assert list(first.x) == [0, 1]
     assert list(first.y) == [5, 2]
     assert first.line.width < second.line.width
+    assert (first.line.dash, second.line.dash) == ("solid", "dot")
     assert _brightness(first.line.color) < _brightness(second.line.color)
     assert list(scale.marker.colorbar.ticktext) == ["2", "4", "8"]
 

@@ -100,7 +100,10 @@ def main() -> None:
     for step in (accelerated, trained, adapted, rounded, traced):
         try:
             step(ids)
-        except ImportError as error:  # a version that asks for another that is not there, which the message names
+        except ImportError as error:
+            if step is not adapted or "peft" not in str(error).lower():
+                raise
+            # A transformers that asks for a PEFT that is not released, which the message says.
             print(f"{step.__name__}: skipped: {' '.join(str(error).split())[:200]}")
         else:
             print(f"{step.__name__}: passed")
