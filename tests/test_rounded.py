@@ -45,6 +45,8 @@ EDITS = {
     "clamp": lambda w: w.clamp_(-0.05, 0.05),
     "mask": lambda w: w.masked_fill_(w.abs() < 0.02, 0.0),
     "initialised": lambda w: nn.init.normal_(w, generator=torch.Generator().manual_seed(0)),
+    "each expert": lambda w: [expert.mul_(0.5) for expert in w],
+    "divided": lambda w: w.__itruediv__(4),
     "a chunk": lambda w: w.chunk(2)[1].mul_(1.5),
 }
 

@@ -24,6 +24,10 @@ _VIEWS = {
     "__getitem__", "select", "narrow", "slice", "chunk", "split", "unbind", "transpose", "permute", "swapaxes",
     "unsqueeze", "squeeze", "detach", "alias", "t",
 }  # fmt: skip
+_WRITING = {"__setitem__"} | {
+    f"__i{name}__"
+    for name in "add sub mul truediv div floordiv mod pow matmul and or xor lshift rshift".split()  # noqa: SIM905
+}
 _VIEW_ATTRIBUTES = {"data", "T", "mT", "H", "mH"}
 _MOVES = {"to", "cpu", "cuda", "pin_memory"}
 _STORAGE = {
@@ -179,6 +183,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if name in _MOVES and isinstance(first, Rounded):
         return _moved(func, first, args[1:], kwargs)
+    if name == "__iter__":
+        return iter(_view(Tensor.unbind, args, kwargs))
     if name in _VIEWS and isinstance(first, Rounded):
         return _view(func, args, kwargs)
     if name in ("float", "double", "half", "bfloat16") and isinstance(first, Rounded):
@@ -205,9 +211,7 @@ def _refuse_codes_beside(args: tuple[Any, ...]) -> None:
 
 
 def _writes(name: str) -> bool:
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    return name.endswith("_")
+    return name in _WRITING if name.startswith("__") else name.endswith("_")
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:
