@@ -29,6 +29,7 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 
 _SCALES = {"gate_up_proj": "_omnigene_fast_gate_up_scale", "down_proj": "_omnigene_fast_down_scale"}
 _DTYPE = "_omnigene_fast_dtype"
+_SEEN = "_omnigene_fast_seen_"  # with a projection's name: the buffer of scales of which there is a plain tensor
 _LARGE = 2**30  # elements; below that rounding takes no time that anybody waits for
 
 
@@ -64,16 +65,17 @@ def codes(experts: Any, name: str) -> Tensor:
 
 def _plain(experts: Any, name: str) -> tuple[Tensor, Tensor]:
     """Codes and the bits of the scales [E, rows] of a projection as plain tensors, but for a sharded parameter."""
-    known = experts.__dict__.get(rounded.CODES, {})
-    found: tuple[Tensor, Tensor] | None = known.get(_SCALES[name])
-    if torch.compiler.is_compiling() and found is not None:
+    found: tuple[Tensor, Tensor] | None = experts.__dict__.get(rounded.CODES, {}).get(_SCALES[name])
+    weight, scales = experts._parameters.get(name), experts._buffers[_SCALES[name]]
+    if found is not None and (torch.compiler.is_compiling() or _is_current(experts, name, weight, scales)):
         return found
-    weight, scales = experts._parameters.get(name), getattr(experts, _SCALES[name])
+    known = experts.__dict__.setdefault(rounded.CODES, {})
     if isinstance(weight, rounded.Rounded) and not isinstance(weight, rounded.RoundedParameter):
         weight = experts._parameters[name] = nn.Parameter(rounded.plain(weight), requires_grad=False)
     if type(weight) is nn.Parameter:  # a tool has made it anew
         rounded.bind(weight, experts, _SCALES[name], _DTYPE, experts.__dict__[BITS].format, scales)
-        return known[_SCALES[name]]
+        made: tuple[Tensor, Tensor] = known[_SCALES[name]]
+        return made
     scale = rounded.plain(scales)
     if isinstance(weight, rounded.RoundedParameter):
         codes = rounded.plain(weight)
@@ -82,9 +84,14 @@ def _plain(experts: Any, name: str) -> tuple[Tensor, Tensor]:
     else:  # sharded, or fake
         known.pop(_SCALES[name], None)
         return getattr(experts, name), scale
-    if found is None or scale.data_ptr() != found[1].data_ptr():
-        known[_SCALES[name]] = codes, scale
+    known[_SCALES[name]] = codes, scale
+    experts.__dict__[_SEEN + name] = scales
     return codes, scale
+
+
+def _is_current(experts: Any, name: str, weight: Any, scales: Any) -> bool:
+    """Whether the plain tensors are those of this parameter, which keeps its own up to date, and of this buffer."""
+    return type(weight) is rounded.RoundedParameter and experts.__dict__.get(_SEEN + name) is scales
 
 
 def check_not_offloaded(experts: nn.Module) -> None:
@@ -246,7 +253,8 @@ def thaw(module: Any, *, frozen: bool = False) -> None:
         delattr(module, _SCALES[name])
     delattr(module, _DTYPE)
     del module.__dict__[BITS]
-    module.__dict__.pop(rounded.CODES, None)
+    for attribute in (rounded.CODES, *(_SEEN + name for name in PROJECTIONS)):
+        module.__dict__.pop(attribute, None)
     for hooks, ours in ((module._state_dict_hooks, _write), (module._load_state_dict_pre_hooks, _read)):
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is ours]:
             del hooks[key]
