@@ -78,6 +78,9 @@ def test_bug_35_the_wheel_holds_every_source(wheel):
 def test_bug_35_without_a_compiler_it_installs_and_says_what_is_missing(wheel):
     """35: the reference runs, an explicit request for the C++ backend raises one sentence."""
     script = """
+import sys
+# An editable install's finder would add the compiled module of the checkout to this copy.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 import torch, omnigene_fast
 from omnigene_fast.ops import topk_gate
 assert omnigene_fast.__version__ == "0.1.0", omnigene_fast.__version__
@@ -127,6 +130,11 @@ def test_an_editable_install_exposes_omnigene_fast_alone(tmp_path):
         archive.extractall(site)
     script = f"""
 import importlib, importlib.util, pathlib, site, sys
+# The checkout that runs this may be an editable install itself, by a finder of the same name.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
+sys.path.insert(0, {str(site)!r})
 site.addsitedir({str(site)!r})
 sys.meta_path.sort(key=lambda finder: "editable" not in getattr(finder, "__module__", ""))
 source = pathlib.Path({str(source)!r})
