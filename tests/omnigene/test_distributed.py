@@ -25,10 +25,11 @@ from .helpers import load
 
 TINY = Size(H=64, I=32, E=8, K=2, layers=2)
 SHORT = ["--steps", "4", "--length", "48", "--rank", "4", "--lr", "2e-3", "--dtype", "float32", "--threads", "1"]
+BFLOAT16 = "fsdp2, bfloat16"
 CASES = {
     "ddp": [],
     "fsdp2": ["--compare", "--fsdp"],
-    "fsdp2, bfloat16": ["--compare", "--fsdp", "--dtype", "bfloat16"],
+    BFLOAT16: ["--compare", "--fsdp", "--dtype", "bfloat16"],
     "fsdp2, experts full": ["--fsdp", "--experts", "full"],
     "fsdp2, experts lora": ["--fsdp", "--experts", "lora"],
     "another order": ["--seed", "1"],
@@ -144,7 +145,7 @@ def alone(path, outcome):
     return done
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "another order"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("another order", BFLOAT16)])
 def test_two_processes_train_as_one(case, path, outcome, alone):
     expected, weights = alone[case.rpartition("experts ")[2] if "experts" in case else "frozen"]
     for way, losses in outcome["losses"][case].items():
@@ -174,10 +175,10 @@ def test_the_first_process_alone_writes(path, outcome):
 
 
 def test_sharded_in_bfloat16_it_trains_as_in_float32(outcome):
-    exact, rounded = outcome["losses"]["fsdp2"], outcome["losses"]["fsdp2, bfloat16"]
+    exact, rounded = outcome["losses"]["fsdp2"], outcome["losses"][BFLOAT16]
     assert set(rounded) == {"stock", "accelerated"}
     for way, losses in rounded.items():
-        assert losses == pytest.approx(exact[way], rel=0.02), way
+        assert losses == pytest.approx(exact[way], rel=0.005), way  # bfloat16 has steps of 0.6 % here
 
 
 def test_what_accelerate_does_not_shard_is_not_trained(outcome):
